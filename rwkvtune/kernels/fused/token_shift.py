@@ -1,0 +1,83 @@
+"""Token-shift mixing: several blends of each token with its predecessor, in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+def previous_token(z: Tensor, before: Tensor | None, reset: Tensor | None = None) -> Tensor:
+    """Shift z by one token: P(z)_t = z_{t-1}, P(z)_0 = `before`; zero where a document starts.
+
+    z: [B, T, C].  before: [B, C], or None for zeros.  reset: bool [B, T], or None.
+    """
+    shifted = torch.empty_like(z)
+    shifted[:, 1:] = z[:, :-1]
+    shifted[:, 0] = 0 if before is None else before.to(z.dtype)
+    if reset is not None:
+        shifted.masked_fill_(reset[:, :, None], 0)
+    return shifted
+
+
+def token_shift_mix_reference(
+    z: Tensor, mix: Tensor, before: Tensor | None = None, reset: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The formula, for autograd: z + (P(z) - z) * mix[s] for each s."""
+    B, T, C = z.shape
+    first = z.new_zeros(B, C) if before is None else before.to(z.dtype)
+    shifted = torch.cat([first[:, None], z[:, :-1]], dim=1)
+    if reset is not None:
+        shifted = shifted.masked_fill(reset[:, :, None], 0)
+    return tuple(z + (shifted - z) * row.to(z.dtype) for row in mix)
+
+
+class _TokenShiftMix(torch.autograd.Function):
+    """Autograd would write one gradient of z per blend, zero-fill the slices and add them up; this adds once."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: FunctionCtx, z: Tensor, mix: Tensor, before: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        mix = mix.to(z.dtype)
+        d = previous_token(z, before, reset).sub_(z)
+        ctx.save_for_backward(d, mix, reset)  # type: ignore[attr-defined]
+        ctx.has_before = before is not None  # type: ignore[attr-defined]
+        return tuple(torch.addcmul(z, d, row) for row in mix)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        d, mix, reset = ctx.saved_tensors  # type: ignore[attr-defined]
+        dz = grads[0].clone() if len(grads) == 1 else grads[0] + grads[1]  # [B,T,C]
+        for g in grads[2:]:
+            dz.add_(g)
+        dprev = grads[0] * mix[0]
+        for g, row in zip(grads[1:], mix[1:], strict=True):
+            dprev.addcmul_(g, row)
+        dz.sub_(dprev)
+        if reset is not None:
+            dprev.masked_fill_(reset[:, :, None], 0)
+        dz[:, :-1].add_(dprev[:, 1:])
+        dmix = torch.stack([column_dot(g, d) for g in grads])
+        dbefore = dprev[:, 0] if ctx.has_before else None  # type: ignore[attr-defined]
+        return dz, dmix, dbefore, None
+
+
+def column_dot(x: Tensor, y: Tensor) -> Tensor:
+    """Sum over all tokens of x * y, per channel, in fp32: [B, T, C] twice -> [C]."""
+    return (x * y).flatten(0, 1).sum(0, dtype=torch.float32)
+
+
+def token_shift_mix(
+    z: Tensor, mix: Tensor, before: Tensor | None = None, reset: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Blend each token with the one before it, once per row of `mix`.
+
+        out_s = z + (P(z) - z) * mix[s]        P(z)_t = z_{t-1}
+
+    z: [B, T, C], fp32 or bf16.  mix: [S, C], any float type.  before: [B, C], the token before the window
+    (zeros when None).  reset: bool [B, T], True where a document starts: its first token sees zeros.
+    Returns S tensors [B, T, C] of z's dtype.  Source: RWKV-7 "Goose", arXiv:2503.14456, token shift.
+    """
+    return _TokenShiftMix.apply(z, mix, before, reset)

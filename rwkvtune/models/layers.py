@@ -1,0 +1,62 @@
+"""Leaves that several models share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerState(NamedTuple):
+    """What one block carries from token to token."""
+
+    att_shift: Tensor
+    """[B, C], the last token that time mix saw (after ln1)."""
+    wkv: Tensor
+    """[B, H, N, N] fp32, rows by value channel, columns by key channel."""
+    ffn_shift: Tensor
+    """[B, C], the last token that channel mix saw (after ln2)."""
+
+
+State = list[LayerState]
+"""One `LayerState` per block."""
+
+Head = Callable[[Tensor, Tensor], Tensor]
+"""(hidden [B, T, C], head weight [V, C]) -> what takes the place of the logits, such as a loss."""
+
+
+class Linear(nn.Linear):
+    """A projection without bias whose fp32 master weight is used in the type of its input."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last axis, eps 1e-5; reads any float type and writes `dtype`."""
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        with torch.autocast(x.device.type, enabled=False):
+            z = F.layer_norm(
+                x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
+            )
+        return z if dtype is None else z.to(dtype)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The type that matrix products run in: autocast's where it is on, else the weights' own."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def orthogonal_(weight: Tensor, gain: float, generator: torch.Generator | None = None) -> None:
+    """Fill a matrix with gain x a random orthogonal one (orthonormal rows or columns)."""
+    nn.init.orthogonal_(weight, gain=gain, generator=generator)

@@ -1,0 +1,1 @@
+"""RWKV-7 "Goose" (x070): configuration and model."""

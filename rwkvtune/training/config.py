@@ -1,0 +1,292 @@
+"""The one typed description of a pretraining run. Every field is a flag, a YAML key and a line of this file.
+
+No torch here: `rwkvtune train --help` reads these classes and must answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rwkvtune.errors import UserError
+
+Order = Literal["published", "shuffled"]
+LrSchedule = Literal["cosine", "linear", "exponential", "constant", "wsd", "wsd_cosine"]
+Precision = Literal["bf16", "fp32", "tf32", "fp16"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Model. With --load_model the file decides every dimension and a flag only confirms it."""
+
+    version: Literal["x070"] = "x070"
+    """RWKV version; x070 is RWKV-7."""
+    load_model: str = ""
+    """Weights to start from: an upstream .pth or a .safetensors file; empty = fresh initial weights."""
+    n_layer: int | None = None
+    """Blocks (12 for a fresh model)."""
+    n_embd: int | None = None
+    """Width of the residual stream (768 for a fresh model)."""
+    vocab_size: int | None = None
+    """Token ids 0 .. vocab_size - 1 (the data's tokenizer, else 65536, for a fresh model)."""
+    head_size: int | None = None
+    """Channels per head (64 for a fresh model)."""
+    dim_ffn: int | None = None
+    """Width of the channel mix (4 * n_embd for a fresh model)."""
+    decay_rank: int | None = None
+    """Low-rank width of the decay (train_temp's formula for a fresh model)."""
+    a_rank: int | None = None
+    """Low-rank width of the in-context learning rate (train_temp's formula for a fresh model)."""
+    v_rank: int | None = None
+    """Low-rank width of the value residual (train_temp's formula for a fresh model)."""
+    g_rank: int | None = None
+    """Low-rank width of the gate (train_temp's formula for a fresh model)."""
+    interpolate: bool = False
+    """Resize a loaded tensor that does not fit the dimensions given by flags, as upstream's stage 1 does."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Data."""
+
+    data_file: str = ""
+    """Token file: the prefix of a .bin/.idx pair."""
+    val_data_file: str = ""
+    """Token file for validation: another prefix; empty = no validation."""
+    ctx_len: int = 512
+    """Tokens per window."""
+    order: Order = "published"
+    """Order of windows: RWKV-LM's cubic permutation, or a seeded shuffle of all windows per pass."""
+    magic_prime: int = 0
+    """The published order's prime; 0 = the largest that fits the data."""
+    reset_at_documents: bool = False
+    """Start each document of a window from a zero state; upstream lets state flow through."""
+    tokenizer: str = ""
+    """bytes, world or a tokenizer.json; empty = the one beside the data. Used for samples and bits per byte."""
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """Length and learning rate. Steps are optimizer steps; tokens are those of all ranks together."""
+
+    micro_bsz: int = 8
+    """Windows per device and micro-batch."""
+    accumulate_grad_batches: int = 1
+    """Micro-batches per optimizer step."""
+    epoch_steps: int = 0
+    """Steps per mini-epoch; 0 = one pass over the data. 40320 / global batch gives the published one."""
+    epoch_count: int = 0
+    """Mini-epochs to train; 0 = as many as exit_tokens needs, or one without exit_tokens."""
+    exit_tokens: int = 0
+    """Stop after this many training tokens and end the schedule there; 0 = the epochs decide."""
+    lr_schedule: LrSchedule = "cosine"
+    """Curve from lr_init to lr_final; wsd = warmup, plateau, decay; wsd_cosine = world_train.py's wsd."""
+    lr_init: float = 6e-4
+    """Highest learning rate."""
+    lr_final: float = 6e-5
+    """Learning rate at the end."""
+    warmup_steps: int = 10
+    """Steps of linear warmup from 1 % (0 % for wsd_cosine); -1 = none."""
+    decay_share: float = 0.2
+    """wsd: the last share of the run that decays, 0..1."""
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Optimizer: Adam with decoupled weight decay on the large matrices only."""
+
+    beta1: float = 0.9
+    beta2: float = 0.99
+    adam_eps: float = 1e-18
+    """Added outside the root."""
+    weight_decay: float = 0.001
+    """Per step, times the learning rate."""
+    weight_decay_final: float = -1.0
+    """Weight decay at the end, exponentially approached; <= 0 = constant."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 = no clipping."""
+    layerwise_lr: bool = True
+    """Twice the learning rate for att.w0, as published."""
+    l2wrap: float = 1e-4
+    """Pull on each position's largest logit; 0 = off."""
+    head_chunk: int = 0
+    """Positions whose logits exist at once; 0 = as many as 64 MB hold."""
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Devices."""
+
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
+    devices: str = "auto"
+    """Devices per machine: a number, or auto (all GPUs, one CPU process)."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: str = "auto"
+    """auto, ddp, fsdp, deepspeed_stage_1, deepspeed_stage_2 or deepspeed_stage_3."""
+    precision: Precision = "bf16"
+    """bf16 = bf16 products with fp32 master weights; fp32; tf32 (GPU); fp16 (GPU, with loss scaling)."""
+    grad_cp: bool = False
+    """Recompute each block's activations in the backward pass: less memory, about a third more time."""
+    kernel: str = "auto"
+    """wkv7 backend: auto, chunked or reference."""
+    threads: int = 0
+    """CPU threads; 0 = torch's choice. Bits of a CPU run repeat at one thread count."""
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Output: one run folder with weights, resume states, logs and pictures."""
+
+    proj_dir: str = "out"
+    """The run folder."""
+    resume: str = "auto"
+    """auto = go on from the newest resume state in proj_dir; never = refuse a folder that holds a run."""
+    random_seed: int = 42
+    """Initial weights, shuffled order and samples."""
+    epoch_save: int = 1
+    """Write rwkv-<epoch>.pth every so many mini-epochs; 0 = only at the end."""
+    save_every: int = 0
+    """Write a resume state every so many steps, besides those at rwkv-*.pth; 0 = none."""
+    keep_last: int = 2
+    """Resume states to keep; rwkv-*.pth are never removed."""
+    save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the tensors in rwkv-*.pth; resume states are always fp32."""
+    log_every: int = 10
+    """Steps per line of metrics.csv and of the console."""
+    val_every: int = 0
+    """Validate every so many steps; 0 = at the end of each mini-epoch."""
+    val_windows: int = 0
+    """Windows of validation data to use; 0 = all."""
+    sample_every: int = 0
+    """Print generated text every so many steps; 0 = never."""
+    sample_prompt: str = ""
+    """What the samples go on from; empty = the start of a document."""
+    sample_tokens: int = 200
+    """Length of a sample."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into proj_dir/tensorboard."""
+    wandb: str = ""
+    """Also log to this wandb project (WANDB_MODE=offline keeps it local)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that `rwkvtune train` can be told."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    device: DeviceOptions = field(default_factory=DeviceOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Build from one flat mapping of field name -> value; an unknown name is an error that lists near ones."""
+        import difflib
+
+        parts: dict[str, Any] = {}
+        rest = dict(values)
+        for f in dataclasses.fields(cls):
+            options = OPTION_GROUPS[f.name]
+            names = [g.name for g in dataclasses.fields(options)]
+            parts[f.name] = options(**{n: rest.pop(n) for n in names if n in rest})
+        if rest:
+            known = [g.name for o in OPTION_GROUPS.values() for g in dataclasses.fields(o)]
+            near = {n: difflib.get_close_matches(n, known, n=1) for n in rest}
+            hints = [f"{n} (did you mean {m[0]}?)" if m else n for n, m in near.items()]
+            raise UserError(
+                f"unknown settings: {', '.join(hints)}; `rwkvtune train --help` lists all"
+            )
+        return cls(**parts)
+
+    def to_flat(self) -> dict[str, Any]:
+        """One flat mapping of field name -> value, in the order of this file."""
+        groups = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return {g.name: getattr(o, g.name) for o in groups for g in dataclasses.fields(o)}
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the settings themselves, all at once; files are not looked at."""
+        d, s, o, out = self.data, self.schedule, self.optimizer, self.output
+        checks = [
+            (bool(d.data_file), "data_file is missing: give the prefix of a .bin/.idx pair"),
+            (d.ctx_len >= 1, f"ctx_len={d.ctx_len} must be at least 1"),
+            (s.micro_bsz >= 1, f"micro_bsz={s.micro_bsz} must be at least 1"),
+            (
+                s.accumulate_grad_batches >= 1,
+                f"accumulate_grad_batches={s.accumulate_grad_batches} must be at least 1",
+            ),
+            (s.lr_init >= 0 and s.lr_final >= 0, "lr_init and lr_final must not be negative"),
+            (0 < s.decay_share <= 1, f"decay_share={s.decay_share} must be in (0, 1]"),
+            (
+                0 <= o.beta1 < 1 and 0 <= o.beta2 < 1,
+                f"beta1={o.beta1} and beta2={o.beta2} must be in [0, 1)",
+            ),
+            (o.adam_eps >= 0, f"adam_eps={o.adam_eps} must not be negative"),
+            (o.grad_clip >= 0, f"grad_clip={o.grad_clip} must not be negative; 0 = no clipping"),
+            (out.keep_last >= 1, f"keep_last={out.keep_last} must be at least 1"),
+            (out.log_every >= 1, f"log_every={out.log_every} must be at least 1"),
+            (self.device.num_nodes >= 1, f"num_nodes={self.device.num_nodes} must be at least 1"),
+            (
+                self.device.devices == "auto" or self.device.devices.isdigit(),
+                f"devices={self.device.devices} must be a number or auto",
+            ),
+            (
+                self.device.strategy in STRATEGIES,
+                f"strategy={self.device.strategy} is not one of {', '.join(STRATEGIES)}",
+            ),
+            (
+                out.resume in ("auto", "never"),
+                f"resume={out.resume} must be auto or never; to start from weights use load_model",
+            ),
+        ]
+        counts = ("epoch_steps", "epoch_count", "exit_tokens")
+        checks += [
+            (getattr(s, n) >= 0, f"{n}={getattr(s, n)} must not be negative") for n in counts
+        ]
+        cadences = (
+            "epoch_save",
+            "save_every",
+            "val_every",
+            "val_windows",
+            "sample_every",
+            "sample_tokens",
+        )
+        checks += [
+            (getattr(out, n) >= 0, f"{n}={getattr(out, n)} must not be negative") for n in cadences
+        ]
+        return [text for fine, text in checks if not fine]
+
+
+STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+
+OPTION_GROUPS: dict[str, type] = {
+    "model": ModelOptions,
+    "data": DataOptions,
+    "schedule": ScheduleOptions,
+    "optimizer": OptimizerOptions,
+    "device": DeviceOptions,
+    "output": OutputOptions,
+}
+
+MAY_CHANGE_AT_RESUME = frozenset(
+    {
+        *("epoch_count", "exit_tokens", "micro_bsz", "accumulate_grad_batches"),
+        *("accelerator", "devices", "num_nodes", "strategy"),
+        *("epoch_save", "save_every", "keep_last", "log_every", "val_every", "sample_every"),
+        *("tensorboard", "wandb", "resume", "proj_dir"),
+    }
+)
+"""Settings that may differ from the interrupted run's; micro_bsz and accumulation only at one global batch size."""
+
+
+def changes_refused(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings that differ between an interrupted run and this one although they must not."""
+    return [
+        f"{name}: {before.get(name)!r} -> {now[name]!r}"
+        for name in now
+        if name not in MAY_CHANGE_AT_RESUME and before.get(name) != now[name]
+    ]
