@@ -35,7 +35,7 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
 
-def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], None]) -> None:
+def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
     """Create or replace the file `path` with what `write` puts into the binary file it is given.
 
     Returns once the bytes and the name are on the disk. Missing parent folders are made. When
@@ -99,6 +99,15 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_directory(path: str | os.PathLike[str]) -> None:
+    """Remove a folder and its content; a crash on the way leaves no half of it under its name."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our id
+    os.rename(path, temporary)
+    shutil.rmtree(temporary)
 
 
 def name_before_moved_aside(entry_name: str) -> str | None:

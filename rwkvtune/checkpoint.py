@@ -1,0 +1,500 @@
+"""Weights and resume states on disk: what other RWKV programs read, and what a killed run comes
+back from.
+
+Weights are one flat dictionary, name -> tensor, with upstream's names: a `.pth` in torch's zip
+format, or `.safetensors`. Loading never runs code from a file, and notices a file that was cut
+short; a `.pth` is compared with its checksums too.
+
+A resume state is a folder `<run_dir>/resume/step-<8 digits>` with
+    state.safetensors   weights, optimizer moments, generator states (uint8): what must be exact
+    state.json          {"format": 1, "meta": {...}, "crc32": of the rest of this json,
+                         "files": {"state.safetensors": {"bytes": size, "crc32": checksum}}}
+It gets its name only when it is complete and on the disk, and is believed only while sizes and
+checksums agree.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rwkvtune.errors import MissingFileError, UserError
+from rwkvtune.files import (
+    atomic_directory,
+    atomic_write,
+    name_before_moved_aside,
+    remove_directory,
+)
+
+_BLOCK_BYTES = 4 << 20
+_TENSORS_FILE = "state.safetensors"
+_JSON_FILE = "state.json"
+_STATE_FORMAT = 1
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+
+# What training wrappers put before or between the names: DeepSpeed, torch.compile, FSDP,
+# checkpointing.
+_WRAPPER_SEGMENTS = {
+    "_forward_module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}
+_WRAPPED_UNDER = ("state_dict", "model", "module")
+
+_SAVE_DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+
+# Names of the safetensors format, https://github.com/huggingface/safetensors (section Format).
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def load_weights(path: str | os.PathLike[str], *, verify: bool = True) -> dict[str, Tensor]:
+    """Read a weights file: name -> CPU tensor, in the file's dtypes and shapes.
+
+    The format is told from the content: `.pth` (zip or legacy) or safetensors. Wrapper prefixes
+    (`_forward_module.`, `module.`, `_orig_mod.`) are taken off, and a dictionary under
+    "state_dict", "model" or "module" is unwrapped. The tensors are memory-mapped copy-on-write:
+    cheap to open, safe to change; the file itself must not be rewritten in place while they live.
+    verify: also compare a `.pth` with the checksums inside it (about 3 GB/s, reads the file).
+    Raises MissingFileError, or UserError for anything that is not a whole file of tensors.
+    """
+    path = Path(path)
+    head = _first_bytes(path)
+    if head.startswith(b"PK\x03\x04"):
+        _check_zip(path, verify=verify)
+        content = _torch_load(path, mmap=True)
+    elif head.startswith(b"\x80"):
+        content = _torch_load(path, mmap=False)
+    elif head[8:9] == b"{":
+        content = _load_safetensors(path)
+    else:
+        raise UserError(
+            f"{path} is not a weights file: it begins with {head[:16]!r}. Expected a .pth written "
+            "by torch.save, or .safetensors." + _hint_about(head)
+        )
+    return _flat_weights(content, path)
+
+
+def weights_header(path: str | os.PathLike[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtype and shape of every tensor of a weights file, without reading the tensors."""
+    weights = load_weights(path, verify=False)
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+
+
+def save_weights(
+    path: str | os.PathLike[str],
+    weights: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | str | None = None,
+) -> None:
+    """Write name -> tensor as `.pth` (torch's zip format) or `.safetensors`, whole or not at all.
+
+    dtype: what floating tensors are stored in ("fp32", "bf16", "fp16" or a torch.dtype); None keeps
+    each as it is. Each tensor is stored alone: a view takes only its own elements along, and tied
+    tensors become two copies. Raises UserError for an unknown suffix or dtype, values beyond fp16,
+    a full disk or a folder that is not writable.
+    """
+    path = Path(path)
+    if path.suffix not in (".pth", ".safetensors"):
+        raise UserError(f"cannot tell the format of {path}: end the name in .pth or .safetensors.")
+    target = _save_dtype(dtype)
+    tensors = {name: _for_saving(name, tensor, target) for name, tensor in weights.items()}
+    if path.suffix == ".safetensors":
+        atomic_write(path, lambda file: _write_safetensors(file, tensors))
+    else:
+        atomic_write(path, lambda file: torch.save(_each_alone(tensors), file))
+
+
+def _first_bytes(path: Path) -> bytes:
+    if not path.exists():
+        raise MissingFileError(f"there is no file {path}. {_weights_nearby(path)}")
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a folder, a weights file is needed. {_weights_nearby(path / '*')}"
+        )
+    try:
+        with open(path, "rb") as file:
+            head = file.read(200)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}.") from error
+    if not head:
+        raise UserError(f"{path} is empty (0 bytes): copy or download it again.")
+    return head
+
+
+def _weights_nearby(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"The folder {folder} does not exist either."
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in (".pth", ".safetensors"))
+    if not names:
+        return f"{folder} has no .pth or .safetensors file."
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return f"{folder} has {', '.join(names[:10])}{more}."
+
+
+def _hint_about(head: bytes) -> str:
+    if head.startswith(b"version https://git-lfs"):
+        return " This is a git-lfs pointer, not the weights: run `git lfs pull` where it came from."
+    if head.lstrip().startswith(b"<"):
+        return " This is a web page, probably the answer to a failed download: download it again."
+    return ""
+
+
+def _check_zip(path: Path, *, verify: bool) -> None:
+    """Refuse a `.pth` that is cut short or damaged, which torch would load without a word."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED:
+                    raise UserError(
+                        f"{path}: {record.filename} is compressed, which torch.save never does. "
+                        "Load it with the program that wrote it, and save it with torch.save."
+                    )
+                # torch writes 0 for "no checksum" when a program switched them off
+                if verify and record.CRC != 0:
+                    with archive.open(record) as stream:
+                        while stream.read(_BLOCK_BYTES):
+                            pass
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, RuntimeError, struct.error) as error:
+        raise _damaged(path, error) from error
+
+
+def _torch_load(path: Path, *, mmap: bool) -> object:
+    try:
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # what torch raises on damaged bytes has no common type
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and refused:
+            raise UserError(
+                f"{path} holds more than tensors: rebuilding it would have to call {refused[1]}, "
+                "and loading never runs code from a file. If you trust it, extract its tensors "
+                "with the program that wrote it and save them as a plain dictionary."
+            ) from error
+        raise _damaged(path, error) from error
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return UserError(
+        f"{path} ({path.stat().st_size:,} bytes) is cut short or damaged: {reason}. "
+        "Copy or download it again, or use an older checkpoint."
+    )
+
+
+def _flat_weights(content: object, path: Path) -> dict[str, Tensor]:
+    """Check that the content of a file is name -> tensor, and give the names upstream's form."""
+    if isinstance(content, Mapping):
+        for key in _WRAPPED_UNDER:
+            if isinstance(content.get(key), Mapping):
+                content = content[key]
+                break
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(
+            f"{path} holds {_described(content)}, expected a dictionary of name -> tensor."
+        )
+    weights: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if not isinstance(name, str) or not _is_ordinary(value):
+            raise UserError(
+                f"{path}: entry {name!r} is {_described(value)}, expected only names with tensors. "
+                "Save the weights alone, as a flat dictionary."
+            )
+        plain_name = _without_wrappers(name)
+        if plain_name in weights:
+            raise UserError(f"{path} has {plain_name} twice, with and without a wrapper's prefix.")
+        weights[plain_name] = value.detach()
+    return weights
+
+
+def _is_ordinary(value: object) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+    )
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "an empty dictionary" if not value else "a dictionary"
+    if isinstance(value, Tensor):
+        return f"a tensor of kind {value.layout} on {value.device}"
+    return f"a value of type {type(value).__name__}"
+
+
+def _without_wrappers(name: str) -> str:
+    segments = [s for s in name.split(".") if s not in _WRAPPER_SEGMENTS]
+    while len(segments) > 1 and segments[0] == "module":  # DistributedDataParallel
+        segments = segments[1:]
+    return ".".join(segments)
+
+
+def _save_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        if dtype not in _SAVE_DTYPES:
+            raise UserError(f"cannot save weights as {dtype!r}: choose fp32, bf16 or fp16.")
+        return _SAVE_DTYPES[dtype]
+    if dtype is not None and dtype not in _SAVE_DTYPES.values():
+        raise UserError(f"cannot save weights as {dtype}: choose fp32, bf16 or fp16.")
+    return dtype
+
+
+def _for_saving(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    tensor = _plain(name, tensor)
+    if dtype is None or not tensor.is_floating_point():
+        return tensor
+    stored = tensor.to(dtype)
+    if dtype == torch.float16 and bool((stored.isinf() & tensor.isfinite()).any()):
+        raise UserError(
+            f"{name} has values up to {float(tensor.abs().max()):.6g}, beyond fp16 (65504): "
+            "save as bf16 or fp32."
+        )
+    return stored
+
+
+def _plain(name: str, tensor: Tensor) -> Tensor:
+    """The tensor without its gradient history; TypeError for what our formats cannot hold."""
+    tensor = tensor.detach()
+    if type(tensor) is not Tensor or tensor.dtype not in _SAFETENSORS_DTYPES:
+        raise TypeError(f"{name}: cannot store a {type(tensor).__name__} of {tensor.dtype}")
+    return tensor
+
+
+def _each_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, each with a storage that holds nothing else."""
+    alone = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(storage.data_ptr())
+        alone[name] = tensor
+    return alone
+
+
+def _write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> int:
+    """Write the safetensors format and return the crc32 of all bytes written.
+
+    Our own writer because it needs no second copy of the tensors (each goes to the CPU when its
+    turn comes), computes the checksum while the disk is busy, and reports a full disk as the
+    OSError that it is.
+    """
+    crc = 0
+    with ThreadPoolExecutor(max_workers=1) as other_thread:
+        for block in _safetensors_blocks(tensors):
+            checksum = other_thread.submit(zlib.crc32, block, crc)
+            file.write(block)
+            crc = checksum.result()
+    return crc
+
+
+def _safetensors_blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    # The widest elements first keeps every tensor aligned to its element size.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        data = tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for start in range(0, len(data), _BLOCK_BYTES):
+            yield data[start : start + _BLOCK_BYTES]
+
+
+def resume_folder(run_dir: str | os.PathLike[str], step: int) -> Path:
+    """Where the resume state of an optimizer step lies: `<run_dir>/resume/step-<8 digits>`."""
+    return Path(run_dir) / "resume" / f"step-{step:08d}"
+
+
+def save_resume_state(
+    folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> None:
+    """Write a resume state into `folder` (see `resume_folder`), whole or not at all; replaces an
+    older one there.
+
+    tensors: any plain dtype and device, flat names. meta: what JSON can hold; it comes back as JSON
+    gives it (tuples as lists, keys as strings, floats to the last bit). Raises UserError when the
+    disk is full or not writable, TypeError for what cannot be stored, before writing.
+    """
+    plain = {name: _plain(name, tensor) for name, tensor in tensors.items()}
+    meta = json.loads(json.dumps(dict(meta)))
+    with atomic_directory(folder) as temporary:
+        tensors_path = temporary / _TENSORS_FILE
+        with open(tensors_path, "wb") as file:
+            crc = _write_safetensors(file, plain)
+        body = {
+            "format": _STATE_FORMAT,
+            "meta": meta,
+            "files": {_TENSORS_FILE: {"bytes": tensors_path.stat().st_size, "crc32": f"{crc:08x}"}},
+        }
+        text = json.dumps({**body, "crc32": _json_crc(body)}, indent=1)
+        (temporary / _JSON_FILE).write_text(text, encoding="utf-8")
+
+
+def load_resume_state(
+    folder: str | os.PathLike[str], *, verify: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a resume state: (tensors, meta). The tensors are memory-mapped as in `load_weights`.
+
+    verify: compare the tensors with their checksum; not needed straight after
+    `newest_resume_state`. Raises MissingFileError, or UserError naming what is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MissingFileError(f"there is no resume state {folder}.")
+    damage = _damage_of(folder, verify=verify)
+    if damage:
+        raise UserError(f"the resume state {folder} is damaged: {damage}. Use an older one.")
+    state = json.loads((folder / _JSON_FILE).read_text(encoding="utf-8"))
+    return _load_safetensors(folder / _TENSORS_FILE), state["meta"]
+
+
+def newest_resume_state(
+    run_dir: str | os.PathLike[str], *, report: Callable[[str], None] = print
+) -> Path | None:
+    """The newest resume state that is whole, read through once; None when the folder has none at
+    all.
+
+    Each damaged one that is passed over is reported in one line. When all are damaged this is a
+    UserError: starting from the beginning without a word would overwrite what may still be saved.
+    """
+    damaged = []
+    for folder in _states_newest_first(run_dir):
+        damage = _damage_of(folder, verify=True)
+        if not damage:
+            return folder
+        damaged.append(folder)
+        report(f"resume: {folder} is damaged ({damage}); trying the one before it")
+    if damaged:
+        raise UserError(
+            f"all {len(damaged)} resume states in {damaged[0].parent} are damaged. To train on "
+            "from saved weights, load one of the rwkv-N.pth files; to start again, choose another "
+            "folder or remove this one."
+        )
+    return None
+
+
+def prune_resume_states(
+    run_dir: str | os.PathLike[str], keep: int, *, just_written: Path | None = None
+) -> list[Path]:
+    """Remove all resume states older than the newest `keep` good ones; returns what was removed.
+
+    Damaged states do not count, so the newest good one always stays: it is read through to be sure,
+    unless it is `just_written`, a state that this process has saved a moment ago.
+    """
+    if keep < 1:
+        raise UserError(f"cannot keep {keep} resume states: keep at least 1.")
+    removed = []
+    good = 0
+    for folder in _states_newest_first(run_dir):
+        if good >= keep:
+            remove_directory(folder)
+            removed.append(folder)
+        elif folder == just_written or not _damage_of(folder, verify=good == 0):
+            good += 1
+    return removed
+
+
+def _states_newest_first(run_dir: str | os.PathLike[str]) -> list[Path]:
+    """Folders named like a resume state, also one that a killed replacement left moved aside."""
+    found = []
+    parent = Path(run_dir) / "resume"
+    for entry in parent.iterdir() if parent.is_dir() else []:
+        original = name_before_moved_aside(entry.name)
+        step = _STEP_NAME.fullmatch(original or entry.name)
+        if step and entry.is_dir():
+            found.append((int(step[1]), original is None, entry))
+    return [entry for _, _, entry in sorted(found, reverse=True)]
+
+
+def _damage_of(folder: Path, *, verify: bool) -> str | None:
+    """What is wrong with a resume state, in a few words; None when nothing is."""
+    try:
+        state = json.loads((folder / _JSON_FILE).read_text(encoding="utf-8"))
+        stored_crc = state.pop("crc32")
+        if stored_crc != _json_crc(state):
+            return f"{_JSON_FILE} does not agree with its checksum"
+        if state["format"] != _STATE_FORMAT:
+            return f"{_JSON_FILE} has format {state['format']}, this version reads {_STATE_FORMAT}"
+        expected = state["files"][_TENSORS_FILE]
+        size = (folder / _TENSORS_FILE).stat().st_size
+        if size != expected["bytes"]:
+            return f"{_TENSORS_FILE} has {size:,} bytes of {expected['bytes']:,}"
+        if verify and _file_crc(folder / _TENSORS_FILE) != expected["crc32"]:
+            return f"{_TENSORS_FILE} does not agree with its checksum"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename).name} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return f"{_JSON_FILE} is not what was written"
+    return None
+
+
+def _json_crc(body: Mapping[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def _file_crc(path: Path) -> str:
+    crc = 0
+    buffer = memoryview(bytearray(_BLOCK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            crc = zlib.crc32(buffer[:count], crc)
+    return f"{crc:08x}"
