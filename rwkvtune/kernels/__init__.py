@@ -1,0 +1,1 @@
+"""Numerical kernels: tensors in, tensors out; no config, no model."""
