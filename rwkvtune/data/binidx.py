@@ -201,10 +201,15 @@ class BinIdxWriter:
             for part in (sizes, pointers, doc_index):
                 file.write(part.tobytes())
 
-        spool.seek(0)
-        # A crash between these steps leaves a .bin without index: nobody takes that for a pair.
-        Path(self.prefix + ".idx").unlink(missing_ok=True)
-        atomic_write(self.prefix + ".bin", lambda file: shutil.copyfileobj(spool, file, 1 << 20))
+        def write_tokens(file: BinaryIO) -> None:
+            spool.seek(0)
+            shutil.copyfileobj(spool, file, 1 << 20)
+            file.flush()
+            # From here to the end a crash leaves a .bin without index, which nobody takes for a
+            # pair; a new .bin with the old index could be.
+            Path(self.prefix + ".idx").unlink(missing_ok=True)
+
+        atomic_write(self.prefix + ".bin", write_tokens)
         atomic_write(self.prefix + ".idx", write_index)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
+import shutil
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -222,6 +224,20 @@ def test_a_failed_rewrite_leaves_the_old_pair(upstream_pair: Path) -> None:
     assert len(BinIdx(upstream_pair)) == 354
     write(upstream_pair, [[1]], 10)
     assert len(BinIdx(upstream_pair)) == 1
+
+
+def test_a_disk_that_fills_up_at_the_end_leaves_the_old_pair(
+    upstream_pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(source: object, target: BinaryIO, length: int) -> None:
+        target.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", full_disk)
+    with pytest.raises(UserError, match=r"cannot write .*x\.bin: No space left"):
+        write(upstream_pair, [[1]], 10)
+    assert len(BinIdx(upstream_pair)) == 354
+    assert sorted(path.name for path in upstream_pair.parent.iterdir()) == ["x.bin", "x.idx"]
 
 
 def test_nothing_to_write_is_refused(tmp_path: Path) -> None:

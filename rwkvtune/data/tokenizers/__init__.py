@@ -20,6 +20,7 @@ __all__ = [
     "Tokenizer",
     "find_tokenizer",
     "load_tokenizer",
+    "save_data_tokenizer",
     "save_tokenizer",
     "target_bytes",
 ]
@@ -54,17 +55,24 @@ def save_tokenizer(tokenizer: Tokenizer, run_dir: str | os.PathLike[str]) -> Non
     save_json(tokenizer, Path(run_dir) / _FILE_NAME)
 
 
+def save_data_tokenizer(tokenizer: Tokenizer, prefix: str | os.PathLike[str]) -> None:
+    """Keep the tokenizer beside token files, as PREFIX.tokenizer.json."""
+    save_json(tokenizer, f"{os.fspath(prefix)}.{_FILE_NAME}")
+
+
 def find_tokenizer(where: str | os.PathLike[str]) -> Tokenizer | None:
-    """The tokenizer kept with a run folder, with a file in one (a checkpoint), or with the prefix
-    of token files.
+    """The tokenizer kept with a run folder, a file in one (a checkpoint), or token files (prefix).
+
+    Raises UserError when there is one that cannot be read.
     """
-    for path in (
-        Path(where) / _FILE_NAME,
-        Path(f"{os.fspath(where)}.{_FILE_NAME}"),
-        Path(where).parent / _FILE_NAME,
-    ):
-        if path.is_file():
-            return _from_json(path)
+    path = Path(where)
+    stem = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    candidates = [path / _FILE_NAME, Path(f"{stem}.{_FILE_NAME}")]
+    if path.is_file():  # not for folders: the parent of a run folder is another run's business
+        candidates.append(path.parent / _FILE_NAME)
+    for candidate in candidates:
+        if candidate.is_file():
+            return _from_json(candidate)
     return None
 
 
@@ -77,7 +85,10 @@ def _from_json(path: Path) -> Tokenizer:
         ) from None
     kind = content.get("kind") if isinstance(content, dict) else None
     if kind == "chars" and isinstance(content.get("characters"), str):
-        return CharTokenizer(content["characters"])
+        try:
+            return CharTokenizer(content["characters"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     if kind in ("bytes", "world"):
         return load_tokenizer(kind)
     raise UserError(
