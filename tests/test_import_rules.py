@@ -43,7 +43,7 @@ ROOMS: dict[str, tuple[set[str], set[str] | None]] = {
     "cli": (LIBRARY | ACTIVITIES, None),
     "demo": (LIBRARY | ACTIVITIES | {"cli"}, None),
     "pipeline": (LIBRARY | ACTIVITIES | {"cli"}, None),
-    "__init__": ({"models"}, set()),  # rwkvtune.load, on first use
+    "__init__": ({"inference"}, set()),  # rwkvtune.load, on first use
     "__main__": ({"cli"}, set()),
 }
 
