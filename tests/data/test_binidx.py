@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from rwkvtune.data import binidx
 from rwkvtune.data.binidx import BinIdx, BinIdxWriter
 from rwkvtune.errors import UserError
+from rwkvtune.files import atomic_write
 
 CASES = ["case_small_vocab", "case_single_epoch_small_vocab", "case_world_vocab"]
 
@@ -238,6 +241,21 @@ def test_a_disk_that_fills_up_at_the_end_leaves_the_old_pair(
         write(upstream_pair, [[1]], 10)
     assert len(BinIdx(upstream_pair)) == 354
     assert sorted(path.name for path in upstream_pair.parent.iterdir()) == ["x.bin", "x.idx"]
+
+
+def test_a_stop_between_the_two_files_leaves_no_pair_rather_than_a_mixed_one(
+    upstream_pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_before_index(path: str, put: Callable[[BinaryIO], None]) -> None:
+        if path.endswith(".idx"):
+            raise KeyboardInterrupt
+        atomic_write(path, put)
+
+    monkeypatch.setattr(binidx, "atomic_write", stop_before_index)
+    with pytest.raises(KeyboardInterrupt):
+        write(upstream_pair, [[1] * 354], 10)  # of the old length, so that the old index would fit
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*x\.idx"):
+        BinIdx(upstream_pair)
 
 
 def test_nothing_to_write_is_refused(tmp_path: Path) -> None:
