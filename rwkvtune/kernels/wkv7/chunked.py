@@ -37,7 +37,6 @@ repeated squaring then loses every digit. 1/W is safe because the decays stay ab
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +75,10 @@ class _Slab(NamedTuple):
     chunk_len: int
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.rows.stop - self.rows.start, self.chunks, self.chunk_len
+
+    @property
     def tokens(self) -> slice:
         return slice(self.start, self.start + self.chunks * self.chunk_len)
 
@@ -106,51 +109,22 @@ def _cut(B: int, T: int, H: int) -> list[list[_Slab]]:
     return groups
 
 
-class _Scratch:
-    """Named buffers that grow to the largest size asked for and are reused from slab to slab."""
-
-    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
-        self._device = like.device
-        self._dtype = dtype
-        self._buffers: dict[str, Tensor] = {}
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """A contiguous tensor of this shape with undefined contents, valid until taken again."""
-        size = math.prod(shape)
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < size:
-            buffer = torch.empty(size, device=self._device, dtype=self._dtype)
-            self._buffers[name] = buffer
-        return buffer[:size].view(shape)
-
-
-class _Triangles(NamedTuple):
+class _Triangles:
     """Constant matrices for one chunk length n."""
 
-    running_log: Tensor
-    """[n+1, n]: times sigmoid(w), gives the running log-sum of the decays; row 0 is zero."""
-    forward: Tensor
-    """[2n, 2n]: triangles of A; -1 in the Aab block, because T needs -Aab and nothing else does."""
-    backward: Tensor
-    """[2n, 2n]: triangles of dA."""
-    from_reads: Tensor
-    """[n, 2n]: adds d_at at (later tokens) and d_rt rt (this and later tokens)."""
-    from_writes: Tensor
-    """[n, 2n]: subtracts d_bh bh and d_kh kh (this and later tokens)."""
-    eye: Tensor
-
-
-def _triangles(n: int, like: Tensor, dtype: torch.dtype) -> _Triangles:
-    ones = torch.ones(n, n, device=like.device, dtype=dtype)
-    strict, full = ones.tril(-1), ones.tril()
-    return _Triangles(
-        running_log=torch.cat([torch.zeros_like(ones[:1]), full]) * LOG_DECAY_SCALE,
-        forward=torch.cat([torch.cat([-strict, strict], 1), torch.cat([full, full], 1)]),
-        backward=torch.cat([torch.cat([strict, strict], 1), torch.cat([full, full], 1)]),
-        from_reads=torch.cat([strict.T, full.T], 1) * LOG_DECAY_SCALE,
-        from_writes=torch.cat([full.T, full.T], 1) * -LOG_DECAY_SCALE,
-        eye=torch.eye(n, device=like.device, dtype=dtype),
-    )
+    def __init__(self, n: int, like: Tensor, dtype: torch.dtype) -> None:
+        full = torch.ones(n, n, device=like.device, dtype=dtype).tril()
+        strict = full.tril(-1)
+        # [2n, 2n], the triangles of A; -1 in the Aab block: T needs -Aab and nothing else reads it.
+        self.forward = torch.cat([torch.cat([-strict, strict], 1), torch.cat([full, full], 1)])
+        self.backward = self.forward.abs()  # [2n, 2n], the triangles of dA
+        # [n+1, n]: times sigmoid(w) gives the running log-sum of the decays; row 0 is zero.
+        self.running_log = torch.cat([torch.zeros_like(full[:1]), full]) * LOG_DECAY_SCALE
+        # [n, 2n]: adds d_at at of later tokens and d_rt rt of this and later ones.
+        self.from_reads = torch.cat([strict.T, full.T], 1) * LOG_DECAY_SCALE
+        # [n, 2n]: subtracts d_bh bh and d_kh kh of this and later tokens.
+        self.from_writes = torch.cat([full.T, full.T], 1) * -LOG_DECAY_SCALE
+        self.eye = torch.eye(n, device=like.device, dtype=dtype)
 
 
 class _Documents(NamedTuple):
@@ -179,84 +153,184 @@ def _documents(slab: _Slab, reset: Tensor, dtype: torch.dtype) -> _Documents:
     )
 
 
-class _Operands(NamedTuple):
-    """What forward and backward both need of one slab; [M, ...] with M = chunks * rows * H."""
+class _Workspace:
+    """One slab at a time: its temporaries, made once per call and slab shape, and the steps on it.
 
-    gate: Tensor
-    """sigmoid(w) [M, n, N]"""
-    decay: Tensor
-    """W_0..W_n [M, n+1, N]"""
-    inverse: Tensor
-    """1 / W_1..W_n [M, n, N]"""
-    AR: Tensor
-    AR0: Tensor
-    """AR as it meets S0: rows that do not see it are zero; AR itself without document starts."""
-    BK: Tensor
-    BKn: Tensor
-    """[bL; kL], rows that do not reach Sn are zero"""
-    end: Tensor
-    """what S0 is multiplied by on its way to Sn, [M, 1, N]"""
-    V: Tensor
-    UV: Tensor
-    """[U; V]; only V is filled in."""
-    A: Tensor
-    """tril(AR BKᵀ), with -Aab in its first block"""
+    Tensors are [M, ...] with M = chunks * rows * H; names that end in 5 are views of the same
+    memory as [chunks, rows, H, ...], the form in which a slab of the inputs is seen.
+    """
+
+    def __init__(self, slab: _Slab, like: Tensor, dtype: torch.dtype) -> None:
+        H, N = like.shape[2:]
+        C, R, n = slab.chunks, slab.rows.stop - slab.rows.start, slab.chunk_len
+        self.C, self.G, self.M, self.n, self.N = C, R * H, C * R * H, n, N
+        self._five = (C, R, H)
+        self._options: dict[str, Any] = {"device": like.device, "dtype": dtype}
+        self.triangles = _Triangles(n, like, dtype)
+        self.documents: _Documents | None = None
+
+        self.gate = self.empty(n, N)
+        self.decay = self.empty(n + 1, N)
+        self.inverse_decay = self.empty(n, N)
+        self.AR, self.BK, self.BKn, self.UV = (self.empty(2 * n, N) for _ in range(4))
+        self.A = self.empty(2 * n, 2 * n)
+        self.AR0 = self.AR
+        self.end = self.decay[:, -1:]
+        self.small = self.empty(n, n)
+        self.P, self.U, self.Y = (self.empty(n, N) for _ in range(3))
+
+        self.gate5, self.AR5, self.BK5 = map(self.as5, (self.gate, self.AR, self.BK))
+        self.at5, self.rt5 = self.AR5[..., :n, :], self.AR5[..., n:, :]
+        self.bh5, self.kh5 = self.BK5[..., :n, :], self.BK5[..., n:, :]
+        self.before5 = self.as5(self.decay)[..., :-1, :]
+        self.after5 = self.as5(self.decay)[..., 1:, :]
+        self.inverse_decay5 = self.as5(self.inverse_decay)
+        self.Aab, self.Aak = self.A[:, :n, :n], self.A[:, :n, n:]
+        self.Arb, self.Ark = self.A[:, n:, :n], self.A[:, n:, n:]
+        self.V = self.UV[:, n:]
+        self.V5 = self.as5(self.UV)[..., n:, :]
+        self.bL, self.kL = self.BKn[:, :n], self.BKn[:, n:]
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(self.M, *shape, **self._options)
+
+    def as5(self, x: Tensor) -> Tensor:
+        return x.view(*self._five, *x.shape[1:])
+
+    def by_chunk(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [M, ...] as one [rows * H, ...] per chunk."""
+        return x.unflatten(0, (self.C, self.G)).unbind()
+
+    def new_states(self) -> Tensor:
+        """Room for the states between the chunks, the entering and the leaving one included."""
+        return torch.empty(self.C + 1, self.G, self.N, self.N, **self._options)
+
+    def load(self, slab: _Slab, inputs: tuple[Tensor, ...], reset: Tensor | None) -> None:
+        """Fill decay, AR, BK, BKn, V, A and end from the inputs of a slab."""
+        r, w, k, v, a, b = (slab.of(x) for x in inputs)
+        n = self.n
+        torch.sigmoid(self.gate5.copy_(w), out=self.gate5)
+        running_log = self.triangles.running_log.expand(self.M, n + 1, n)
+        torch.bmm(running_log, self.gate, out=self.decay).exp_()
+        torch.reciprocal(self.decay[:, 1:], out=self.inverse_decay)
+        torch.mul(a, self.before5, out=self.at5)
+        torch.mul(r, self.after5, out=self.rt5)
+        torch.mul(b, self.inverse_decay5, out=self.bh5)
+        torch.mul(k, self.inverse_decay5, out=self.kh5)
+        self.V5.copy_(v)
+        torch.mul(self.BK, self.decay[:, -1:], out=self.BKn)
+        torch.bmm(self.AR, self.BK.mT, out=self.A).mul_(self.triangles.forward)
+        if reset is not None:
+            documents = _documents(slab, reset, self.A.dtype)
+            self.documents = documents
+            self.as5(self.A).mul_(documents.same)
+            self.as5(self.BKn).mul_(documents.reaches_end)
+            self.AR0 = (self.AR5 * documents.sees_start).view(self.AR.shape)
+            self.end = (self.after5[..., -1:, :] * documents.unbroken).view(self.M, 1, self.N)
+
+    def solve(self) -> Tensor:
+        """T = (I - Aab)⁻¹ [M, n, n] by forward substitution; the diagonal is one, unread."""
+        eye = self.triangles.eye.expand(self.M, self.n, self.n)
+        T: Tensor = torch.linalg.solve_triangular(self.Aab, eye, upper=False, unitriangular=True)
+        return T
+
+    def advance(self, T: Tensor, states: Tensor) -> Tensor:
+        """Fill states[1:] from states[0]; return the outputs [M, n, N]."""
+        at, rt = self.AR0[:, : self.n], self.AR0[:, self.n :]
+        entering, leaving = states[:-1], states[1:]
+        torch.bmm(T, at, out=self.P)
+        torch.bmm(torch.bmm(T, self.Aak, out=self.small), self.V, out=self.U)
+        torch.bmm(self.V.mT, self.kL, out=leaving.view(self.M, self.N, self.N))
+        for S, Sn, P, U, bL, end in zip(
+            entering.unbind(),
+            leaving.unbind(),
+            *map(self.by_chunk, (self.P, self.U, self.bL, self.end)),
+            strict=True,
+        ):
+            U.baddbmm_(P, S.mT)
+            Sn.baddbmm_(U.mT, bL).addcmul_(S, end)
+        torch.bmm(rt, entering.view(self.M, self.N, self.N).mT, out=self.Y)
+        return self.Y.baddbmm_(self.Arb, self.U).baddbmm_(self.Ark, self.V)
 
 
-def _operands(
-    slab: _Slab,
-    inputs: tuple[Tensor, ...],
-    documents: _Documents | None,
-    triangles: _Triangles,
-    scratch: _Scratch,
-) -> _Operands:
-    r, w, k, v, a, b = (slab.of(x) for x in inputs)
-    C, R, H, n, N = r.shape
-    M = C * R * H
-    gate = scratch.take("gate", C, R, H, n, N)
-    torch.sigmoid(gate.copy_(w), out=gate)
-    decay = scratch.take("decay", M, n + 1, N)
-    torch.bmm(triangles.running_log.expand(M, n + 1, n), gate.view(M, n, N), out=decay)
-    decay.exp_()
-    inverse = scratch.take("inverse", M, n, N)
-    torch.reciprocal(decay[:, 1:], out=inverse)
+class _Retreat(_Workspace):
+    """The backward of a slab, from the gradient of the state that it left to the one it entered."""
 
-    W = decay.view(C, R, H, n + 1, N)
-    inverse_ = inverse.view(C, R, H, n, N)
-    AR = scratch.take("AR", C, R, H, 2 * n, N)
-    BK = scratch.take("BK", C, R, H, 2 * n, N)
-    UV = scratch.take("UV", C, R, H, 2 * n, N)
-    torch.mul(a, W[..., :-1, :], out=AR[..., :n, :])
-    torch.mul(r, W[..., 1:, :], out=AR[..., n:, :])
-    torch.mul(b, inverse_, out=BK[..., :n, :])
-    torch.mul(k, inverse_, out=BK[..., n:, :])
-    UV[..., n:, :].copy_(v)
+    def __init__(self, slab: _Slab, like: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(slab, like, dtype)
+        n, N = self.n, self.N
+        self.ZY, self.dAR, self.dBK = (self.empty(2 * n, N) for _ in range(3))
+        self.dA = self.empty(2 * n, 2 * n)
+        self.dZ, self.dV, self.d_log = self.U, self.P, self.Y
+        self.d_states = self.new_states()
+        self.dY = self.ZY[:, n:]
+        self.dY5 = self.as5(self.ZY)[..., n:, :]
+        self.d_log5, self.dV5 = self.as5(self.d_log), self.as5(self.dV)
+        dAR5, dBK5 = self.as5(self.dAR), self.as5(self.dBK)
+        self.d_at5, self.d_rt5 = dAR5[..., :n, :], dAR5[..., n:, :]
+        self.d_bh5, self.d_kh5 = dBK5[..., :n, :], dBK5[..., n:, :]
+        # The same for every slab: the chunks of the sequential part, last one first.
+        self._P, self._dZ = self.by_chunk(self.P)[::-1], self.by_chunk(self.dZ)[::-1]
 
-    BKn = scratch.take("BKn", C, R, H, 2 * n, N)
-    torch.mul(BK, W[..., -1:, :], out=BKn)
-    A = scratch.take("A", M, 2 * n, 2 * n)
-    torch.bmm(AR.view(M, 2 * n, N), BK.view(M, 2 * n, N).mT, out=A)
-    A.mul_(triangles.forward)
-    end = decay[:, -1:]
-    AR0 = AR
-    if documents is not None:
-        A.view(C, R, H, 2 * n, 2 * n).mul_(documents.same)
-        BKn.mul_(documents.reaches_end)
-        AR0 = torch.mul(AR, documents.sees_start, out=scratch.take("AR0", C, R, H, 2 * n, N))
-        end = (W[..., -1:, :] * documents.unbroken).view(M, 1, N)
-    return _Operands(
-        gate.view(M, n, N),
-        decay,
-        inverse,
-        AR.view(M, 2 * n, N),
-        AR0.view(M, 2 * n, N),
-        BK.view(M, 2 * n, N),
-        BKn.view(M, 2 * n, N),
-        end,
-        UV.view(M, 2 * n, N)[:, n:],
-        UV.view(M, 2 * n, N),
-        A,
-    )
+    def run(self, T: Tensor, states: Tensor, dy: Tensor, dSn: Tensor) -> Tensor:
+        """Fill dAR, dBK, dV and end_log; return dS0 [rows * H, N, N]. dy is a slab of dY."""
+        M, N, n = self.M, self.N, self.n
+        at, rt = self.AR0[:, :n], self.AR0[:, n:]
+        S0 = states[:-1].view(M, N, N)
+        self.dY5.copy_(dy)
+
+        torch.bmm(self.Aak, self.V, out=self.P).baddbmm_(at, S0.mT)
+        self.UV[:, :n].copy_(torch.bmm(T, self.P, out=self.U))
+
+        torch.bmm(T.mT, self.Arb.mT, out=self.small)
+        torch.bmm(self.small, self.dY, out=self.dZ)
+        torch.bmm(T.mT, self.bL, out=self.P)
+        d_entering, d_leaving = self.d_states[:-1], self.d_states[1:]
+        d_leaving[-1].copy_(dSn.reshape(self.G, N, N))
+        torch.bmm(self.dY.mT, rt, out=d_entering.view(M, N, N))
+        for dS, dSn_c, P, dZ, at_c, end in zip(
+            d_entering.unbind()[::-1],
+            d_leaving.unbind()[::-1],
+            self._P,
+            self._dZ,
+            self.by_chunk(at)[::-1],
+            self.by_chunk(self.end)[::-1],
+            strict=True,
+        ):
+            dZ.baddbmm_(P, dSn_c.mT)
+            dS.baddbmm_(dZ.mT, at_c).addcmul_(dSn_c, end)
+        self.ZY[:, :n].copy_(self.dZ)
+        dSn = d_leaving.view(M, N, N)
+
+        torch.bmm(self.kL, dSn.mT, out=self.dV).baddbmm_(self.A[:, :, n:].mT, self.ZY)
+        torch.bmm(self.ZY, self.UV.mT, out=self.dA).mul_(self.triangles.backward)
+        torch.bmm(self.ZY, S0, out=self.dAR)
+        torch.bmm(self.UV, dSn, out=self.dBK).mul_(self.decay[:, -1:])
+        if self.documents is not None:
+            self.as5(self.dA).mul_(self.documents.same)
+            self.as5(self.dAR).mul_(self.documents.sees_start)
+            self.as5(self.dBK).mul_(self.documents.reaches_end)
+        self.dAR.baddbmm_(self.dA, self.BK)
+        self.dBK.baddbmm_(self.dA.mT, self.AR)
+        # d_leaving is read for the last time here, so the product may take its place.
+        self.end_log = dSn.mul_(states[1:].view(M, N, N)).sum(1, keepdim=True)
+        return self.d_states[0]
+
+    def store(self, slab: _Slab, gradients: tuple[Tensor, ...]) -> None:
+        """Write the gradients of the inputs; uses up dAR and dBK."""
+        dr, dw, dk, dv, da, db = (slab.of(x) for x in gradients)
+        M, n = self.M, self.n
+        torch.mul(self.d_at5, self.before5, out=da)
+        torch.mul(self.d_rt5, self.after5, out=dr)
+        torch.mul(self.d_bh5, self.inverse_decay5, out=db)
+        torch.mul(self.d_kh5, self.inverse_decay5, out=dk)
+        dv.copy_(self.dV5)
+        d_log = self.d_log
+        torch.bmm(self.triangles.from_reads.expand(M, n, 2 * n), self.dAR.mul_(self.AR), out=d_log)
+        d_log.baddbmm_(self.triangles.from_writes.expand(M, n, 2 * n), self.dBK.mul_(self.BK))
+        d_log.add_(self.end_log, alpha=LOG_DECAY_SCALE)
+        torch.ops.aten.sigmoid_backward(d_log, self.gate, grad_input=d_log)
+        dw.copy_(self.d_log5)
 
 
 class _Wkv7(torch.autograd.Function):
@@ -278,191 +352,53 @@ class _Wkv7(torch.autograd.Function):
         keep = any(ctx.needs_input_grad)
         y = torch.empty_like(r, memory_format=torch.contiguous_format)
         final_state = r.new_empty(B, H, N, N, dtype=dtype)
-        scratch = _Scratch(r, dtype)
         kept: list[Tensor] = []
+        workspaces: dict[tuple[int, int, int], _Workspace] = {}
         with torch.autocast(r.device.type, enabled=False):
             for slabs in _cut(B, T, H):
                 rows = slabs[0].rows
                 S = torch.zeros_like(final_state[rows]) if state is None else state[rows]
                 for slab in slabs:
-                    C, n = slab.chunks, slab.chunk_len
-                    triangles = _triangles(n, r, dtype)
-                    documents = None if reset is None else _documents(slab, reset, dtype)
-                    x = _operands(slab, inputs, documents, triangles, scratch)
-                    M = x.A.shape[0]
-                    inverse = _solve(x.A[:, :n, :n], triangles.eye)
-                    states = (
-                        r.new_empty(C + 1, M // C, N, N, dtype=dtype)
-                        if keep
-                        else scratch.take("states", C + 1, M // C, N, N)
-                    )
-                    states[0].copy_(S.reshape(M // C, N, N))
-                    Y = _advance(slab, x, inverse, states, scratch)
-                    slab.of(y).copy_(Y.view(C, -1, H, n, N))
-                    S = states[C].view(-1, H, N, N)
+                    if slab.shape not in workspaces:
+                        workspaces[slab.shape] = _Workspace(slab, r, dtype)
+                    work = workspaces[slab.shape]
+                    work.load(slab, inputs, reset)
+                    inverse = work.solve()
+                    states = work.new_states()
+                    states[0].copy_(S.reshape(states[0].shape))
+                    y_slab = work.advance(inverse, states)
+                    slab.of(y).copy_(work.as5(y_slab))
+                    S = states[-1]
                     if keep:
-                        kept += [states, inverse]
-                final_state[rows].copy_(S)
+                        kept += (states, inverse)
+                final_state[rows].copy_(S.view(final_state[rows].shape))
         ctx.save_for_backward(*inputs, reset, *kept)
         return y, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs_, reset = ctx.saved_tensors[:7]
-        inputs = tuple(inputs_)
-        kept = list(ctx.saved_tensors[7:])
-        r = inputs[0]
-        B, T, H, N = r.shape
-        dtype = d_final.dtype
+        inputs, reset, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6], ctx.saved_tensors[7:]
+        pairs = list(zip(kept[::2], kept[1::2], strict=True))
+        B, T, H, _ = dy.shape
         gradients = tuple(
             torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs
         )
         d_state = torch.empty_like(d_final, memory_format=torch.contiguous_format)
-        scratch = _Scratch(r, dtype)
-        with torch.autocast(r.device.type, enabled=False):
+        workspaces: dict[tuple[int, int, int], _Retreat] = {}
+        with torch.autocast(dy.device.type, enabled=False):
             for slabs in reversed(_cut(B, T, H)):
                 rows = slabs[0].rows
                 dS = d_final[rows]
                 for slab in reversed(slabs):
-                    inverse, states = kept.pop(), kept.pop()
-                    triangles = _triangles(slab.chunk_len, r, dtype)
-                    documents = None if reset is None else _documents(slab, reset, dtype)
-                    dS = _retreat(
-                        slab,
-                        inputs,
-                        documents,
-                        triangles,
-                        inverse,
-                        states,
-                        dy,
-                        dS,
-                        gradients,
-                        scratch,
-                    )
-                d_state[rows].copy_(dS)
-        wanted = [
-            g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)
-        ]
-        return (*wanted, d_state if ctx.needs_input_grad[6] else None, None)
-
-
-def _solve(minus_Aab: Tensor, eye: Tensor) -> Tensor:
-    """T = (I - Aab)⁻¹ [M, n, n] by forward substitution; the diagonal is taken as one, unread."""
-    eye = eye.expand(minus_Aab.shape)
-    T: Tensor = torch.linalg.solve_triangular(minus_Aab, eye, upper=False, unitriangular=True)
-    return T
-
-
-def _advance(
-    slab: _Slab, x: _Operands, inverse: Tensor, states: Tensor, scratch: _Scratch
-) -> Tensor:
-    """Fill states[1:] and return the outputs Y [M, n, N] of a slab; states[0] is given."""
-    C, n = slab.chunks, slab.chunk_len
-    M, _, N = x.AR.shape
-    G = M // C
-    at, rt = x.AR0[:, :n], x.AR0[:, n:]
-    P = torch.bmm(inverse, at, out=scratch.take("P", M, n, N))
-    TAak = torch.bmm(inverse, x.A[:, :n, n:], out=scratch.take("TAak", M, n, n))
-    U = torch.bmm(TAak, x.V, out=scratch.take("U", M, n, N))
-    bL, kL = x.BKn[:, :n], x.BKn[:, n:]
-    torch.bmm(x.V.mT, kL, out=states[1:].view(M, N, N))
-    for S, S_next, P_c, U_c, bL_c, end_c in zip(
-        states[:-1].unbind(),
-        states[1:].unbind(),
-        P.view(C, G, n, N).unbind(),
-        U.view(C, G, n, N).unbind(),
-        bL.unflatten(0, (C, G)).unbind(),
-        x.end.unflatten(0, (C, G)).unbind(),
-        strict=True,
-    ):
-        U_c.baddbmm_(P_c, S.mT)
-        S_next.baddbmm_(U_c.mT, bL_c)
-        S_next.addcmul_(S, end_c)
-    Y = torch.bmm(rt, states[:-1].view(M, N, N).mT, out=scratch.take("Y", M, n, N))
-    Y.baddbmm_(x.A[:, n:, :n], U)
-    return Y.baddbmm_(x.A[:, n:, n:], x.V)
-
-
-def _retreat(
-    slab: _Slab,
-    inputs: tuple[Tensor, ...],
-    documents: _Documents | None,
-    triangles: _Triangles,
-    inverse: Tensor,
-    states: Tensor,
-    dy: Tensor,
-    dSn: Tensor,
-    gradients: tuple[Tensor, ...],
-    scratch: _Scratch,
-) -> Tensor:
-    """Write the gradients of a slab's inputs; return the gradient of the state that entered it."""
-    x = _operands(slab, inputs, documents, triangles, scratch)
-    C, n = slab.chunks, slab.chunk_len
-    M, _, N = x.AR.shape
-    G = M // C
-    R, H = dSn.shape[:2]
-    at, rt = x.AR0[:, :n], x.AR0[:, n:]
-    bL, kL = x.BKn[:, :n], x.BKn[:, n:]
-    S0 = states[:-1].view(M, N, N)
-
-    U = torch.bmm(x.A[:, :n, n:], x.V, out=scratch.take("Z", M, n, N))
-    U.baddbmm_(at, S0.mT)
-    x.UV[:, :n].copy_(torch.bmm(inverse, U, out=scratch.take("U", M, n, N)))
-
-    ZY = scratch.take("ZY", M, 2 * n, N)
-    ZY.view(C, R, H, 2 * n, N)[..., n:, :].copy_(slab.of(dy))
-    dY = ZY[:, n:]
-    to_Z = torch.bmm(inverse.mT, x.A[:, n:, :n].mT, out=scratch.take("to_Z", M, n, n))
-    dZ = torch.bmm(to_Z, dY, out=scratch.take("Z", M, n, N))
-    P = torch.bmm(inverse.mT, bL, out=scratch.take("P", M, n, N))
-    d_states = scratch.take("d_states", C + 1, G, N, N)
-    d_states[C].copy_(dSn.reshape(G, N, N))
-    torch.bmm(dY.mT, rt, out=d_states[:-1].view(M, N, N))
-    for dS, dS_next, P_c, dZ_c, at_c, end_c in zip(
-        d_states[:-1].unbind()[::-1],
-        d_states[1:].unbind()[::-1],
-        P.view(C, G, n, N).unbind()[::-1],
-        dZ.view(C, G, n, N).unbind()[::-1],
-        at.unflatten(0, (C, G)).unbind()[::-1],
-        x.end.unflatten(0, (C, G)).unbind()[::-1],
-        strict=True,
-    ):
-        dZ_c.baddbmm_(P_c, dS_next.mT)
-        dS.baddbmm_(dZ_c.mT, at_c)
-        dS.addcmul_(dS_next, end_c)
-    ZY[:, :n].copy_(dZ)
-    dSn_all = d_states[1:].view(M, N, N)
-
-    dV = torch.bmm(kL, dSn_all.mT, out=scratch.take("U", M, n, N))
-    dV.baddbmm_(x.A[:, :, n:].mT, ZY)
-
-    dA = torch.bmm(ZY, x.UV.mT, out=scratch.take("dA", M, 2 * n, 2 * n))
-    dA.mul_(triangles.backward)
-    dAR = torch.bmm(ZY, S0, out=scratch.take("dAR", M, 2 * n, N))
-    dBK = torch.bmm(x.UV, dSn_all, out=scratch.take("dBK", M, 2 * n, N))
-    dBK.mul_(x.decay[:, -1:])
-    if documents is not None:
-        dA.view(C, R, H, 2 * n, 2 * n).mul_(documents.same)
-        dAR.view(C, R, H, 2 * n, N).mul_(documents.sees_start)
-        dBK.view(C, R, H, 2 * n, N).mul_(documents.reaches_end)
-    dAR.baddbmm_(dA, x.BK)
-    dBK.baddbmm_(dA.mT, x.AR)
-
-    dr, dw, dk, dv, da, db = (slab.of(g) for g in gradients)
-    W = x.decay.view(C, R, H, n + 1, N)
-    inverse_W = x.inverse.view(C, R, H, n, N)
-    torch.mul(dAR.view(C, R, H, 2 * n, N)[..., :n, :], W[..., :-1, :], out=da)
-    torch.mul(dAR.view(C, R, H, 2 * n, N)[..., n:, :], W[..., 1:, :], out=dr)
-    torch.mul(dBK.view(C, R, H, 2 * n, N)[..., :n, :], inverse_W, out=db)
-    torch.mul(dBK.view(C, R, H, 2 * n, N)[..., n:, :], inverse_W, out=dk)
-    dv.copy_(dV.view(C, R, H, n, N))
-
-    leaving = torch.mul(dSn_all, states[1:].view(M, N, N), out=scratch.take("SdS", M, N, N))
-    d_log = scratch.take("Y", M, n, N)
-    torch.bmm(triangles.from_reads.expand(M, n, 2 * n), dAR.mul_(x.AR), out=d_log)
-    d_log.baddbmm_(triangles.from_writes.expand(M, n, 2 * n), dBK.mul_(x.BK))
-    d_log.add_(leaving.sum(1, keepdim=True), alpha=LOG_DECAY_SCALE)
-    torch.ops.aten.sigmoid_backward(d_log, x.gate, grad_input=d_log)
-    dw.copy_(d_log.view(C, R, H, n, N))
-    return d_states[0].view(R, H, N, N)
+                    states, inverse = pairs.pop()
+                    if slab.shape not in workspaces:
+                        workspaces[slab.shape] = _Retreat(slab, inputs[0], d_final.dtype)
+                    work = workspaces[slab.shape]
+                    work.load(slab, inputs, reset)
+                    dS = work.run(inverse, states, slab.of(dy), dS)
+                    work.store(slab, gradients)
+                d_state[rows].copy_(dS.view(d_state[rows].shape))
+        needed = ctx.needs_input_grad
+        wanted = [g if need else None for g, need in zip(gradients, needed, strict=False)]
+        return (*wanted, d_state if needed[6] else None, None)
