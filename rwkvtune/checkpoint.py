@@ -400,8 +400,13 @@ def load_resume_state(
     damage = _damage_of(folder, verify=verify)
     if damage:
         raise UserError(f"the resume state {folder} is damaged: {damage}. Use an older one.")
-    state = json.loads((folder / _JSON_FILE).read_text(encoding="utf-8"))
-    return _load_safetensors(folder / _TENSORS_FILE), state["meta"]
+    return _load_safetensors(folder / _TENSORS_FILE), load_resume_meta(folder)
+
+
+def load_resume_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Only the meta of a resume state that `newest_resume_state` has found to be whole."""
+    meta: dict[str, Any] = json.loads((Path(folder) / _JSON_FILE).read_text(encoding="utf-8"))["meta"]
+    return meta
 
 
 def newest_resume_state(

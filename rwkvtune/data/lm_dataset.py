@@ -79,4 +79,5 @@ def _windows(
         row[1 - before : 1 - before + len(piece)] = piece
     windows = torch.from_numpy(rows)
     reset = (windows[:, :-2] == END_OF_DOCUMENT) if reset_at_documents else None
-    return Batch(windows[:, 1:-1].contiguous(), windows[:, 2:].contiguous(), reset)
+    # A copy: of a single row, inputs and targets would otherwise share their memory.
+    return Batch(windows[:, 1:-1].contiguous(), windows[:, 2:].clone(), reset)

@@ -1,4 +1,4 @@
-"""Models: build one, read its dimensions from weights, load it from a file.
+"""Models: build one, or read its dimensions from weights.
 
 weights = rwkvtune.checkpoint.load_weights("rwkv-final.pth")
 model = build_model(config_from_state_dict(weights))
@@ -9,7 +9,6 @@ logits, state = model(input_ids)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rwkvtune.errors import UserError
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
     from rwkvtune.models.rwkv7.model import RWKV7
 
-__all__ = ["RWKV7Config", "build_model", "config_from_state_dict", "detect_version", "load_model"]
+__all__ = ["RWKV7Config", "build_model", "config_from_state_dict", "detect_version", "fill_model"]
 
 
 def build_model(config: RWKV7Config, *, seed: int | None = None) -> RWKV7:
@@ -77,16 +76,18 @@ def config_from_state_dict(weights: Mapping[str, torch.Tensor]) -> RWKV7Config:
     return x070_config({name: tuple(w.shape) for name, w in names.items()})
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> RWKV7:
-    """A model with the weights of a .pth or .safetensors file, fp32, in eval mode."""
-    import torch
+def fill_model(model: RWKV7, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """Give a model all of a file's weights, or raise one UserError that says which tensors do not fit.
 
-    from rwkvtune.checkpoint import load_weights
-    from rwkvtune.models.rwkv7.model import RWKV7
-
-    weights = load_weights(path)
-    with torch.device("meta"):
-        model = RWKV7(config_from_state_dict(weights))
-    model.to_empty(device=device)
-    model.load_state_dict(weights)
-    return model.eval()
+    source: the file's name, for the message.
+    """
+    try:
+        model.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        reasons = [line.strip() for line in str(error).splitlines()[1:]]
+        shown = " ".join(reasons[:3]) + (
+            f" ... ({len(reasons)} in all)" if len(reasons) > 3 else ""
+        )
+        raise UserError(
+            f"{source} does not fit an x070 model of its own dimensions: {shown}"
+        ) from None

@@ -94,3 +94,11 @@ def test_a_batch_moves_as_a_whole() -> None:
         "meta"
     }
     assert batch.target_tokens == 1
+
+
+def test_ignoring_targets_of_a_lone_row_leaves_its_inputs_alone() -> None:
+    tokens = np.arange(1, 7, dtype=np.uint16)  # the second rank gets one window, all of it padding
+    for rank in (0, 1):
+        for batch in validation_windows(tokens, 4, rank=rank, world_size=2):
+            assert batch.input_ids.min() >= 0
+            assert batch.input_ids.data_ptr() != batch.targets.data_ptr()

@@ -1,0 +1,350 @@
+"""Pretraining of a language model: the recipe, and the order in which a run is put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rwkvtune.data.batch import Batch
+from rwkvtune.data.binidx import BinIdx
+from rwkvtune.data.lm_dataset import LMDataset
+from rwkvtune.data.sampler import PublishedOrder, SampleOrder, ShuffledOrder
+from rwkvtune.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer, save_tokenizer
+from rwkvtune.errors import UserError
+from rwkvtune.evaluation.perplexity import evaluate
+from rwkvtune.files import RunFolderLock, atomic_write, remove_leftovers
+from rwkvtune.inference.generate import generate
+from rwkvtune.kernels.dispatch import resolve_wkv7
+from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
+from rwkvtune.models import RWKV7Config, build_model, fill_model
+from rwkvtune.training import starting_point
+from rwkvtune.training.config import TrainConfig, changes_refused
+from rwkvtune.training.fabric import finish, make_fabric
+from rwkvtune.training.log import RunLog
+from rwkvtune.training.loop import fit
+from rwkvtune.training.optim import build_optimizer
+from rwkvtune.training.plan import Plan, make_plan, memory_estimate
+from rwkvtune.training.run_state import Progress, RunState
+from rwkvtune.training.schedule import Schedule
+from rwkvtune.training.starting_point import StartingPoint
+
+SAMPLE_TEMPERATURE = 0.8
+
+
+class LanguageModelRecipe:
+    """Next-token prediction on windows of one token stream."""
+
+    def __init__(self, config: TrainConfig, plan: Plan, data: _Data, fabric: Any) -> None:
+        self.config, self.plan, self.data, self.fabric = config, plan, data, fabric
+        self.measured: dict[str, float] = {}
+        """The latest validation."""
+
+    def batches(self, progress: Progress) -> Iterator[list[Batch]]:
+        plan = self.plan
+        for step in count(progress.step):
+            first = step * plan.global_bsz
+            yield [
+                self.data.dataset.batch(
+                    first + i * plan.micro_bsz * plan.world_size,
+                    plan.micro_bsz,
+                    rank=self.fabric.global_rank,
+                    world_size=plan.world_size,
+                )
+                for i in range(plan.accumulate)
+            ]
+
+    def loss(
+        self, model: nn.Module, batch: Batch, carry: None
+    ) -> tuple[Tensor, int, None, dict[str, float]]:
+        o = self.config.optimizer
+        head = partial(
+            head_cross_entropy, targets=batch.targets, l2wrap=o.l2wrap, chunk_rows=o.head_chunk
+        )
+        loss_sum, _ = model(batch.input_ids, reset=batch.reset, head=head)
+        return loss_sum, batch.target_tokens, None, {}
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        if self.data.validation is None:
+            return {}
+        tokenizer, ranks = self.data.tokenizer, self.plan.world_size
+        found = evaluate(
+            model,
+            self.data.validation.tokens,
+            ctx_len=self.plan.ctx_len,
+            batch_size=self.plan.micro_bsz,
+            device=self.fabric.device,
+            loss_head=partial(head_cross_entropy, l2wrap=0.0),
+            max_windows=self.config.output.val_windows,
+            byte_lengths=None if tokenizer is None else tokenizer.token_byte_lengths(),
+            reset_at_documents=self.config.data.reset_at_documents,
+            rank=self.fabric.global_rank,
+            world_size=ranks,
+            sum_over_ranks=None if ranks == 1 else partial(self.fabric.all_reduce, reduce_op="sum"),
+        )
+        self.measured = {"val_loss": found.loss, "val_perplexity": found.perplexity}
+        if found.bits_per_byte is not None:
+            self.measured["val_bits_per_byte"] = found.bits_per_byte
+        return self.measured
+
+    def sample(self, model: nn.Module, step: int) -> str | None:
+        tokenizer, output = self.data.tokenizer, self.config.output
+        if tokenizer is None:
+            return None
+        ids = generate(
+            model,
+            tokenizer.encode(output.sample_prompt),
+            max_tokens=output.sample_tokens,
+            temperature=SAMPLE_TEMPERATURE,
+            seed=output.random_seed + step,
+        )
+        return output.sample_prompt + tokenizer.decode(list(ids))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # batches are a pure function of the step
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert not state, f"a language model's recipe has no state of its own, found {list(state)}"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    exit_code: int
+    steps: int
+    seconds: float
+    """Of training steps, over all processes of the run."""
+    tokens: int
+    validation: dict[str, float]
+    """val_loss (nats per token), val_perplexity, val_bits_per_byte where known; empty without validation data."""
+    was_finished: bool = False
+    """The run had ended before; nothing was done."""
+
+
+def train_language_model(config: TrainConfig) -> RunResult:
+    """Pretrain, or go on pretraining, as `config` says; the README lists the files that appear in proj_dir.
+
+    All that can be refused is refused before the run folder is touched.  UserError says what is wrong.
+    In a distributed run this does not return: each process ends here with the exit code.
+    """
+    problems = config.problems()
+    if problems:
+        raise UserError("; ".join(problems))
+    notes: list[str] = []
+    fabric = make_fabric(config.device, say=notes.append)
+    fabric.launch()
+    folder = Path(config.output.proj_dir)
+    data = _open_data(config)
+    start = starting_point.find(config, data.tokenizer, notes)
+    data.check_ids(start.model_config.vocab_size)
+    plan = make_plan(config, world_size=fabric.world_size, num_slots=data.dataset.order.num_slots)
+    settings = _settings(config, plan, start.model_config, data)
+    if start.resume_state is not None:
+        refused = changes_refused(start.settings, settings)
+        if refused:
+            raise UserError(
+                f"{folder} holds a run with other settings: {'; '.join(refused)}. Give the old values to go on, "
+                "or another proj_dir for a new run"
+            )
+    else:
+        start.progress.epoch = start.epochs_behind
+        start.progress.step = start.epochs_behind * plan.epoch_steps
+        start.progress.tokens = start.progress.step * plan.tokens_per_step
+    progress = start.progress
+    if progress.step >= plan.total_steps:
+        if fabric.is_global_zero:
+            print(
+                f"{folder}: this run is finished ({progress.step} of {plan.total_steps} steps); "
+                "a larger exit_tokens or epoch_count goes on from here"
+            )
+        finish(fabric, 0)
+        return RunResult(0, progress.step, progress.seconds, progress.tokens, {}, was_finished=True)
+
+    schedule = _schedule(config, plan, restart_step=progress.step if start.epochs_behind else 0)
+    # On one device this names the kernel before anything runs; the model resolves it again by itself.
+    choice = resolve_wkv7(
+        fabric.device.type, torch.float32, start.model_config.head_size, config.device.kernel
+    )
+    with RunFolderLock(folder) if fabric.is_global_zero else nullcontext():
+        model = build_model(start.model_config, seed=config.output.random_seed)
+        model.grad_cp = config.device.grad_cp
+        model.backend = config.device.kernel
+        if start.weights is not None:
+            fill_model(model, start.weights, start.source)
+        o = config.optimizer
+        optimizer = build_optimizer(
+            model.named_parameters(),
+            lr_init=config.schedule.lr_init,
+            betas=(o.beta1, o.beta2),
+            eps=o.adam_eps,
+            weight_decay=o.weight_decay,
+            layerwise_lr=o.layerwise_lr,
+        )
+        wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
+        recipe = LanguageModelRecipe(config, plan, data, fabric)
+        state = RunState(wrapped, wrapped_optimizer, recipe, progress, settings)
+        if start.resume_state is not None:
+            state.restore(start.resume_state)
+        log = RunLog(
+            folder,
+            total_steps=plan.total_steps,
+            log_every=config.output.log_every,
+            is_rank_zero=fabric.is_global_zero,
+            tensorboard=config.output.tensorboard,
+            wandb_project=config.output.wandb,
+        )
+        if fabric.is_global_zero:
+            remove_leftovers(folder)
+            _write_config(config, start.model_config, folder / "config.yaml")
+            if data.tokenizer is not None:
+                save_tokenizer(data.tokenizer, folder)
+        m = start.model_config
+        log.start(
+            config.to_flat() | dataclasses.asdict(m),
+            f"{m.vocab_size} ctx{plan.ctx_len} L{m.n_layer} D{m.n_embd}",
+            step=progress.step,
+            epoch=progress.epoch,
+        )
+        try:
+            for note in notes:
+                log.line(note)
+            log.table(_table(config, plan, start, data, f"wkv7 {choice.backend} ({choice.reason})"))
+            stopped = fit(
+                fabric, state, recipe, plan, schedule, config.optimizer, config.output, log
+            )
+        finally:
+            log.close()
+            if fabric.is_global_zero:
+                from rwkvtune.training.report import draw_loss_curve  # matplotlib, half a second
+
+                draw_loss_curve(folder / "metrics.csv", folder / "loss_curve.png")
+    exit_code = stopped.exit_code if stopped else 0
+    if not stopped and fabric.is_global_zero:
+        print(f"done: {folder / 'rwkv-final.pth'}, loss curve in {folder / 'loss_curve.png'}")
+    finish(fabric, exit_code)
+    return RunResult(exit_code, progress.step, progress.seconds, progress.tokens, recipe.measured)
+
+
+@dataclass(frozen=True)
+class _Data:
+    dataset: LMDataset
+    train: BinIdx
+    validation: BinIdx | None
+    tokenizer: Tokenizer | None
+
+    def check_ids(self, vocab_size: int) -> None:
+        """UserError for an id that the model has no row for."""
+        for tokens in (self.train, self.validation):
+            if tokens is not None:
+                tokens.check_ids(vocab_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells other data under the same name: length, and a checksum over the first and last megabyte."""
+        tokens, part = self.train.tokens, 2**19
+        crc = zlib.crc32(tokens[:part].tobytes(), zlib.crc32(tokens[-part:].tobytes()))
+        return f"{len(tokens)} tokens, crc32 {crc:08x}"
+
+
+def _open_data(config: TrainConfig) -> _Data:
+    d = config.data
+    train = BinIdx(d.data_file)
+    validation = BinIdx(d.val_data_file) if d.val_data_file else None
+    order: SampleOrder
+    if d.order == "published":
+        order = PublishedOrder(len(train), d.ctx_len, d.magic_prime)
+    elif d.magic_prime:
+        raise UserError(
+            f"magic_prime={d.magic_prime} has no meaning for order=shuffled: leave it out"
+        )
+    else:
+        order = ShuffledOrder(len(train), d.ctx_len, config.output.random_seed)
+    dataset = LMDataset(train.tokens, order, d.ctx_len, d.reset_at_documents)
+    tokenizer = load_tokenizer(d.tokenizer) if d.tokenizer else find_tokenizer(train.prefix)
+    return _Data(dataset, train, validation, tokenizer)
+
+
+def _settings(config: TrainConfig, plan: Plan, model: RWKV7Config, data: _Data) -> dict[str, Any]:
+    """What a resume compares: the flags, with what was left open replaced by what it came to."""
+    flags = {k: v for k, v in config.to_flat().items() if k not in starting_point.DIMENSIONS}
+    return flags | {
+        "epoch_steps": plan.epoch_steps,
+        "global_bsz": plan.global_bsz,
+        "data": data.fingerprint,
+        "model": dataclasses.asdict(model),
+    }
+
+
+def _schedule(config: TrainConfig, plan: Plan, *, restart_step: int) -> Schedule:
+    s, o = config.schedule, config.optimizer
+    warmup = s.warmup_steps
+    if restart_step and warmup < 0:
+        warmup = starting_point.RESTART_WARMUP_STEPS
+    return Schedule(
+        kind=s.lr_schedule,
+        lr_init=s.lr_init,
+        lr_final=s.lr_final,
+        warmup_steps=warmup,
+        total_tokens=min(
+            plan.total_steps * plan.tokens_per_step,
+            s.exit_tokens or plan.total_steps * plan.tokens_per_step,
+        ),
+        tokens_per_step=plan.tokens_per_step,
+        decay_share=s.decay_share,
+        weight_decay=o.weight_decay,
+        weight_decay_final=o.weight_decay_final,
+        restart_step=restart_step,
+    )
+
+
+def _table(
+    config: TrainConfig, plan: Plan, start: StartingPoint, data: _Data, kernel: str
+) -> list[tuple[str, str]]:
+    """What the run prints at its start."""
+    m, d = start.model_config, config.device
+    passes = plan.total_steps * plan.global_bsz / data.dataset.order.num_slots
+    memory = memory_estimate(m, config) / 1e9
+    validation = "none" if data.validation is None else f"{len(data.validation):,} tokens"
+    return [
+        (
+            "model",
+            f"{m.version} L{m.n_layer} D{m.n_embd} V{m.vocab_size}, {m.num_heads} heads of {m.head_size}",
+        ),
+        ("parameters", f"{m.num_parameters:,}"),
+        ("start", start.source),
+        ("data", f"{data.train.prefix}: {len(data.train):,} tokens, order {config.data.order}"),
+        ("validation", validation),
+        (
+            "tokens per step",
+            f"{plan.tokens_per_step:,} = {plan.world_size} device(s) x micro_bsz {plan.micro_bsz} x "
+            f"{plan.accumulate} accumulated x ctx_len {plan.ctx_len}",
+        ),
+        (
+            "steps",
+            f"{plan.total_steps:,}, {plan.epoch_steps:,} per mini-epoch, from {start.progress.step:,}",
+        ),
+        ("passes over data", f"{passes:.2f}"),
+        ("memory", f"about {memory:.2f} GB per device (estimate)"),
+        ("kernel", kernel),
+        ("precision", f"{d.precision}, {torch.get_num_threads()} CPU threads"),
+        ("run folder", config.output.proj_dir),
+    ]
+
+
+def _write_config(config: TrainConfig, model: RWKV7Config, path: Path) -> None:
+    """The run's settings as YAML that `rwkvtune train --config` takes, dimensions filled in."""
+    import yaml
+
+    dimensions = {name: getattr(model, name) for name in starting_point.DIMENSIONS}
+    text = yaml.safe_dump(config.to_flat() | dimensions, sort_keys=False, allow_unicode=True)
+    atomic_write(path, lambda file: file.write(text.encode()))

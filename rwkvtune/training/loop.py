@@ -1,0 +1,255 @@
+"""The training loop: the only one. What differs between tasks is the recipe that it is given."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rwkvtune.checkpoint import prune_resume_states, save_weights
+from rwkvtune.data.batch import Batch
+from rwkvtune.errors import UserError
+from rwkvtune.training.config import OptimizerOptions, OutputOptions
+from rwkvtune.training.log import RunLog
+from rwkvtune.training.optim import set_hyperparameters
+from rwkvtune.training.plan import Plan
+from rwkvtune.training.run_state import Progress, RunState
+from rwkvtune.training.schedule import Schedule
+
+
+class Recipe(Protocol):
+    """A task: which batches, which loss. The loop knows nothing else about it."""
+
+    def batches(self, progress: Progress) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each step, from the present step on."""
+
+    def loss(
+        self, model: nn.Module, batch: Batch, carry: Any
+    ) -> tuple[Tensor, int, Any, dict[str, float]]:
+        """(sum of losses over the targets, number of targets, detached state for the next micro-batch, metrics)."""
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Columns val_* of the log; empty when there is no validation data."""
+
+    def sample(self, model: nn.Module, step: int) -> str | None:
+        """Text (or what takes its place) that the model makes now; None when the task has none."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the recipe must find again at resume, as JSON."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Why fit returned before the end, and with which exit code the process should leave."""
+
+    signal_name: str
+    exit_code: int
+
+
+def fit(
+    fabric: Any,
+    state: RunState,
+    recipe: Recipe,
+    plan: Plan,
+    schedule: Schedule,
+    optimizer_options: OptimizerOptions,
+    output: OutputOptions,
+    log: RunLog,
+) -> Stopped | None:
+    """Train from state.progress to plan.total_steps; returns None there, or why it stopped early.
+
+    Every step: fetch, loss, backward, clip, check, move, log, save. The loss is a sum; it is divided by the number
+    of targets of all micro-batches and ranks, so neither accumulation nor padding changes what a step means.
+    UserError when loss or gradient norm is not finite, before the optimizer has moved.
+    """
+    model, optimizer, progress = state.model, state.optimizer, state.progress
+    folder = Path(output.proj_dir)
+    first_epoch = progress.epoch
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.train()
+    if progress.step == 0:
+        _save(fabric, state, folder, output, "rwkv-init.pth")
+    with StopRequest() as stop:
+        batches = recipe.batches(progress)
+        while progress.step < plan.total_steps:
+            begin = time.perf_counter()
+            micro_batches = next(batches)
+            lr = schedule.lr_at(progress.step)
+            weight_decay = schedule.weight_decay_at(progress.step)
+            set_hyperparameters(optimizer, lr=lr, weight_decay=weight_decay)
+
+            targets = _sum_over_ranks(fabric, sum(b.target_tokens for b in micro_batches))
+            loss_here = torch.zeros((), device=fabric.device)
+            carry = None
+            for i, batch in enumerate(micro_batches):
+                is_last = i == len(micro_batches) - 1
+                with fabric.no_backward_sync(model, enabled=not is_last):
+                    loss_sum, _, carry, _ = recipe.loss(model, batch.to(fabric.device), carry)
+                    # DDP and FSDP average gradients over ranks; targets already counts all of them.
+                    fabric.backward(loss_sum * (plan.world_size / max(targets, 1)))
+                loss_here += loss_sum.detach()
+            norm = _clip(fabric, optimizer, trained, optimizer_options.grad_clip)
+            loss, stop_votes = _over_ranks(fabric, loss_here, stop.requested is not None)
+            loss /= max(targets, 1)
+            if not (math.isfinite(loss) and (math.isfinite(norm) or _scales_its_loss(fabric))):
+                raise UserError(
+                    f"step {progress.step}: the loss is {loss} and the gradient norm {norm}, so the optimizer was "
+                    f"not moved and nothing was saved after it; the newest good state is in {folder / 'resume'}. "
+                    "A lower lr_init, a longer warmup or another random_seed may help"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            took = time.perf_counter() - begin
+            progress.step += 1
+            progress.tokens += plan.tokens_per_step
+            progress.seconds += took
+            progress.epoch_loss += loss
+            progress.epoch_loss_steps += 1
+            is_over = progress.step == plan.total_steps
+            ends_epoch = progress.step % plan.epoch_steps == 0
+            if _is_due(
+                progress.step, output.val_every, is_over or (ends_epoch and not output.val_every)
+            ):
+                measured = recipe.validate(model)
+                if measured:
+                    log.validation({"step": progress.step, **measured})
+            log.step(
+                {
+                    "step": progress.step,
+                    "epoch": (progress.step - 1) // plan.epoch_steps,
+                    "tokens": progress.tokens,
+                    "loss": loss,
+                    "lr": lr,
+                    "weight_decay": weight_decay,
+                    "grad_norm": norm,
+                    "tokens_per_s": plan.tokens_per_step / took,
+                    "seconds": progress.seconds,
+                }
+            )
+            if _is_due(progress.step, output.sample_every, False):
+                text = recipe.sample(model, progress.step)
+                if text is not None:
+                    log.sample(text, progress.step)
+            if ends_epoch:
+                epoch = progress.epoch
+                mean_loss = progress.epoch_loss / progress.epoch_loss_steps
+                log.epoch(epoch, mean_loss, lr, epoch - first_epoch)
+                progress.epoch += 1
+                progress.epoch_loss, progress.epoch_loss_steps = 0.0, 0
+            if is_over:
+                if ends_epoch:
+                    _save_weights(fabric, state, folder, output, f"rwkv-{progress.epoch - 1}.pth")
+                _save(fabric, state, folder, output, "rwkv-final.pth")
+            elif ends_epoch and output.epoch_save and (progress.epoch - 1) % output.epoch_save == 0:
+                _save(fabric, state, folder, output, f"rwkv-{progress.epoch - 1}.pth")
+            elif _is_due(progress.step, output.save_every, False):
+                _save(fabric, state, folder, output, None)
+            elif stop_votes:
+                saved = _save(fabric, state, folder, output, None)
+                log.line(
+                    f"stopped at step {progress.step}; saved {saved}; the same command goes on from there"
+                )
+            if stop_votes and not is_over:
+                return stop.answer()
+    return None
+
+
+def _is_due(step: int, every: int, otherwise: bool) -> bool:
+    return otherwise or (every > 0 and step % every == 0)
+
+
+def _save(
+    fabric: Any, state: RunState, folder: Path, output: OutputOptions, weights_name: str | None
+) -> Path:
+    """Write the weights file first and the resume state after it: a kill in between costs the steps since the
+    state before, which then write the same weights again."""
+    if weights_name:
+        _save_weights(fabric, state, folder, output, weights_name)
+    saved = state.save(folder, write=fabric.is_global_zero)
+    if fabric.is_global_zero:
+        prune_resume_states(folder, output.keep_last, just_written=saved)
+    return saved
+
+
+def _save_weights(
+    fabric: Any, state: RunState, folder: Path, output: OutputOptions, name: str
+) -> None:
+    weights = state.weights()
+    if fabric.is_global_zero:
+        save_weights(folder / name, weights, dtype=output.save_dtype)
+
+
+def _clip(fabric: Any, optimizer: Any, parameters: list[nn.Parameter], limit: float) -> float:
+    """The global gradient norm before clipping; scales the gradients down to `limit` where it is larger.
+
+    Source: RWKV-LM and torch use the coefficient min(1, limit / (norm + 1e-6)).
+    """
+    fabric.strategy.precision.unscale_gradients(optimizer.optimizer) if _scales_its_loss(
+        fabric
+    ) else None
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    value = float(norm)
+    if limit and value + 1e-6 > limit:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+    return value
+
+
+def _scales_its_loss(fabric: Any) -> bool:
+    """fp16 on a GPU: the scaler itself skips steps whose gradients overflow."""
+    return getattr(fabric.strategy.precision, "scaler", None) is not None
+
+
+def _sum_over_ranks(fabric: Any, count: int) -> int:
+    if fabric.world_size == 1:
+        return count
+    return int(fabric.all_reduce(torch.tensor(count, device=fabric.device), reduce_op="sum"))
+
+
+def _over_ranks(fabric: Any, loss: Tensor, wants_to_stop: bool) -> tuple[float, bool]:
+    """(sum of the ranks' losses, whether any rank was asked to stop); one message for both."""
+    if fabric.world_size == 1:
+        return float(loss), wants_to_stop
+    both = torch.stack([loss.double(), loss.new_tensor(float(wants_to_stop)).double()])
+    total, votes = fabric.all_reduce(both, reduce_op="sum").tolist()
+    return total, votes > 0
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C ask the loop to save and stop after the present step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.requested: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            self.__exit__()
+            signal.raise_signal(number)
+        self.requested = signal.Signals(number)
+
+    def answer(self) -> Stopped:
+        """Exit codes as a shell gives them: 143 for SIGTERM, 130 for Ctrl-C."""
+        which = self.requested or signal.SIGTERM  # another rank was asked
+        return Stopped(which.name, 128 + which.value)
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

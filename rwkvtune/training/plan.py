@@ -1,0 +1,78 @@
+"""What a run will be, worked out before anything long starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rwkvtune.errors import UserError
+from rwkvtune.models.rwkv7.config import RWKV7Config
+from rwkvtune.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run. A step is an optimizer step; tokens and samples are those of all ranks together."""
+
+    world_size: int
+    micro_bsz: int
+    accumulate: int
+    ctx_len: int
+    epoch_steps: int
+    total_steps: int
+
+    @property
+    def global_bsz(self) -> int:
+        """Windows per step."""
+        return self.world_size * self.micro_bsz * self.accumulate
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_bsz * self.ctx_len
+
+
+def make_plan(config: TrainConfig, *, world_size: int, num_slots: int) -> Plan:
+    """Work out steps and epochs.
+
+    num_slots: windows in one pass over the data.  Raises UserError when a pass is shorter than one step and
+    nothing says how long the run should be.
+    """
+    s = config.schedule
+    global_bsz = world_size * s.micro_bsz * s.accumulate_grad_batches
+    tokens_per_step = global_bsz * config.data.ctx_len
+    epoch_steps = s.epoch_steps or num_slots // global_bsz
+    if epoch_steps == 0:
+        raise UserError(
+            f"one pass over this data is {num_slots} windows of {config.data.ctx_len} tokens, less than one step of "
+            f"{global_bsz} (micro_bsz {s.micro_bsz} x accumulate_grad_batches {s.accumulate_grad_batches} x "
+            f"{world_size} devices): use a smaller batch or ctx_len, or set epoch_steps to go over it several times"
+        )
+    by_tokens = math.ceil(s.exit_tokens / tokens_per_step)
+    by_epochs = (s.epoch_count or (0 if by_tokens else 1)) * epoch_steps
+    total_steps = min(n for n in (by_tokens, by_epochs) if n)
+    return Plan(
+        world_size,
+        s.micro_bsz,
+        s.accumulate_grad_batches,
+        config.data.ctx_len,
+        epoch_steps,
+        total_steps,
+    )
+
+
+def memory_estimate(model: RWKV7Config, config: TrainConfig, *, world_size: int = 1) -> int:
+    """Bytes of one device while it trains, roughly: weights, gradients, Adam's moments and activations.
+
+    Counted per token and layer from what the blocks keep for their backward pass (see the fused pieces in
+    kernels/), in the compute type; with grad_cp only block inputs stay, and one block's activations at a time.
+    """
+    size = 2 if config.device.precision in ("bf16", "fp16") else 4
+    parameters = model.num_parameters
+    fixed = parameters * 16 + (parameters * size if size == 2 else 0)
+    C, tokens = model.n_embd, config.schedule.micro_bsz * config.data.ctx_len
+    block = tokens * (28 * C * size + 2 * model.dim_ffn * size + 2 * C * 4)
+    residual = tokens * C * 4 * 2
+    blocks = residual * model.n_layer + block if config.device.grad_cp else block * model.n_layer
+    rows = config.optimizer.head_chunk or max(1, 2**25 // model.vocab_size)
+    head = min(rows, tokens) * model.vocab_size * size + model.vocab_size * C * 4
+    return fixed + blocks + head

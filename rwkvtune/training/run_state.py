@@ -1,0 +1,89 @@
+"""All that must survive the end of a process, saved and restored as one object."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rwkvtune.checkpoint import load_resume_state, resume_folder, save_resume_state
+from rwkvtune.errors import UserError
+from rwkvtune.training.fabric import unwrapped, whole
+from rwkvtune.training.optim import load_optimizer_state, optimizer_state_to_tensors
+
+
+@dataclass
+class Progress:
+    """How far a run is. Learning rate and batches are pure functions of this."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    epoch: int = 0
+    """Mini-epochs completed."""
+    tokens: int = 0
+    """Training tokens seen, all ranks together."""
+    seconds: float = 0.0
+    """Time spent in training steps, over all processes of this run."""
+    epoch_loss: float = 0.0
+    """Sum of the step losses of the unfinished mini-epoch."""
+    epoch_loss_steps: int = 0
+    """Steps in that sum."""
+
+
+@dataclass
+class RunState:
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    recipe: Any
+    """Anything with state_dict() -> JSON-able dict and load_state_dict(dict)."""
+    progress: Progress
+    settings: dict[str, Any]
+    """What must not change at resume, as JSON; see config.changes_refused."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter by its upstream name, whole, fp32. A collective call when sharded."""
+        model = unwrapped(self.model)
+        return {name: whole(p.detach()) for name, p in model.state_dict().items()}
+
+    def save(self, run_folder: Path, *, write: bool) -> Path:
+        """Write a resume state for the present step; ranks with write=False only help gathering."""
+        tensors = {f"model.{name}": t for name, t in self.weights().items()}
+        model = unwrapped(self.model)
+        tensors |= {
+            f"optimizer.{name}": whole(t)
+            for name, t in optimizer_state_to_tensors(self.optimizer, model).items()
+        }
+        tensors["rng.cpu"] = torch.get_rng_state()
+        meta = {
+            "progress": dataclasses.asdict(self.progress),
+            "settings": self.settings,
+            "recipe": self.recipe.state_dict(),
+        }
+        folder = resume_folder(run_folder, self.progress.step)
+        if write:
+            save_resume_state(folder, tensors, meta)
+        return folder
+
+    def restore(self, folder: Path) -> None:
+        """Take everything from a resume state that newest_resume_state has found to be whole."""
+        tensors, meta = load_resume_state(folder, verify=False)
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        model = unwrapped(self.model)
+        try:
+            model.load_state_dict(parts["model"])
+        except RuntimeError as error:
+            raise UserError(
+                f"the resume state {folder} does not fit this model: {error}"
+            ) from error
+        load_optimizer_state(self.optimizer, model, parts["optimizer"])
+        torch.set_rng_state(parts["rng"]["cpu"])
+        self.recipe.load_state_dict(meta["recipe"])
+        for name, value in meta["progress"].items():
+            setattr(self.progress, name, value)

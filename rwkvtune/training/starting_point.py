@@ -1,0 +1,169 @@
+"""Where a run starts from: its own resume state, weights found in its folder, a given file, or nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rwkvtune.checkpoint import load_resume_meta, load_weights, newest_resume_state
+from rwkvtune.data.tokenizers import Tokenizer
+from rwkvtune.errors import UserError
+from rwkvtune.models import RWKV7Config, config_from_state_dict
+from rwkvtune.training.config import ModelOptions, TrainConfig
+from rwkvtune.training.run_state import Progress
+
+DIMENSIONS = (
+    "n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn",
+    "decay_rank", "a_rank", "v_rank", "g_rank",
+)  # fmt: skip
+
+RESTART_WARMUP_STEPS = 10
+"""Warmup of a run that goes on from bare weights when none is asked for (RWKV-LM train_temp)."""
+
+
+@dataclass
+class StartingPoint:
+    model_config: RWKV7Config
+    source: str
+    """What the start of the run prints."""
+    weights: dict[str, Tensor] | None = None
+    """To load into the model; None = initial values, or those of the resume state."""
+    resume_state: Path | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The interrupted run's settings."""
+    progress: Progress = field(default_factory=Progress)
+    """The interrupted run's progress."""
+    epochs_behind: int = 0
+    """Mini-epochs that bare weights rwkv-N.pth have behind them: N + 1."""
+
+
+def find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) -> StartingPoint:
+    """Look into proj_dir and at load_model; nothing is written.
+
+    The newest good resume state wins; then the highest rwkv-N.pth, which restarts the optimizer and warms up as
+    upstream does; then rwkv-init.pth; then load_model; then fresh weights.
+    notes: gets a line for each thing that a reader of the run should know.
+    """
+    folder = Path(config.output.proj_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"proj_dir={folder} is a file; give a folder, existing or new")
+    numbered = sorted(
+        (int(m[1]), path)
+        for path in folder.glob("rwkv-*.pth")
+        if (m := re.fullmatch(r"rwkv-(\d+)\.pth", path.name))
+    )
+    initial = folder / "rwkv-init.pth"
+    state = newest_resume_state(folder, report=notes.append)
+    if config.output.resume == "never" and (state or numbered or initial.exists()):
+        raise UserError(
+            f"{folder} already holds a run and resume=never: choose another proj_dir, or --resume auto to go on"
+        )
+    if state is not None:
+        meta = load_resume_meta(state)
+        recorded = RWKV7Config(**meta["settings"]["model"])
+        _confirm(config.model, recorded, f"the run in {folder}")
+        return StartingPoint(
+            recorded,
+            f"resumed from {state}",
+            resume_state=state,
+            settings=meta["settings"],
+            progress=Progress(**meta["progress"]),
+        )
+    if numbered:
+        number, path = numbered[-1]
+        notes.append(
+            f"resume: {folder} has no resume state, so training goes on from {path.name} after mini-epoch {number}, "
+            "with a new optimizer and a new warmup"
+        )
+        return _from_file(config.model, path, epochs_behind=number + 1)
+    if initial.exists() and not config.model.load_model:
+        return _from_file(config.model, initial)
+    if config.model.load_model:
+        return _from_file(config.model, Path(config.model.load_model), notes=notes)
+    return StartingPoint(_fresh_config(config.model, tokenizer), "initial values")
+
+
+def _from_file(
+    flags: ModelOptions, path: Path, *, epochs_behind: int = 0, notes: list[str] | None = None
+) -> StartingPoint:
+    weights = load_weights(path)
+    config = config_from_state_dict(weights)
+    if flags.interpolate and notes is not None:
+        wanted = {name: getattr(flags, name) for name in DIMENSIONS}
+        target = RWKV7Config(
+            **{n: getattr(config, n) if v is None else v for n, v in wanted.items()}
+        )
+        weights = _interpolated(weights, target, notes)
+        config = target
+    _confirm(flags, config, str(path))
+    return StartingPoint(config, f"weights of {path}", weights, epochs_behind=epochs_behind)
+
+
+def _confirm(flags: ModelOptions, found: RWKV7Config, source: str) -> None:
+    """Refuse flags that say something else than the weights."""
+    wrong = [
+        f"{name}: flag {getattr(flags, name)}, file {getattr(found, name)}"
+        for name in DIMENSIONS
+        if getattr(flags, name) not in (None, getattr(found, name))
+    ]
+    if wrong:
+        raise UserError(
+            f"the model flags disagree with {source}: {'; '.join(wrong)}. Leave these flags out: "
+            "dimensions are read from the weights (or, with load_model, resize them by --interpolate true)"
+        )
+
+
+def _fresh_config(flags: ModelOptions, tokenizer: Tokenizer | None) -> RWKV7Config:
+    defaults = {
+        "n_layer": 12,
+        "n_embd": 768,
+        "head_size": 64,
+        "vocab_size": 65536 if tokenizer is None else tokenizer.vocab_size,
+    }
+    sizes = {name: getattr(flags, name) for name in DIMENSIONS}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    return RWKV7Config(**(defaults | given))
+
+
+def _interpolated(
+    weights: Mapping[str, Tensor], target: RWKV7Config, notes: list[str]
+) -> dict[str, Tensor]:
+    """Every tensor of a file resized to a model of other dimensions.
+
+    As upstream's stage 1: along the first axis, position i of n takes the value at i * (rows / n), linear between
+    two rows.  UserError for a tensor that has no place there, or differs in its other axes.
+    """
+    from rwkvtune.models.rwkv7.model import RWKV7
+
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in RWKV7(target).state_dict().items()}
+    unknown = [name for name in weights if name not in shapes]
+    if unknown:
+        raise UserError(
+            f"these weights hold {unknown[0]}, which the wanted model (n_layer {target.n_layer}) does not have"
+        )
+    result = {}
+    for name, tensor in weights.items():
+        shape = shapes[name]
+        if tensor.numel() == shape.numel():
+            result[name] = tensor.reshape(shape)
+            continue
+        source, wanted = tensor.squeeze().float(), torch.empty(shape, device="meta").squeeze()
+        if source.shape[1:] != wanted.shape[1:]:
+            raise UserError(
+                f"cannot resize {name} from {list(tensor.shape)} to {list(shape)}: only its first axis may differ"
+            )
+        rows, n = source.shape[0], wanted.shape[0]
+        position = (torch.arange(n) * (rows / n)).clamp_max(rows - 1)
+        low = position.floor().long()
+        share = (position - low).view(-1, *[1] * (source.dim() - 1))
+        high = (low + 1).clamp_max(rows - 1)
+        result[name] = (source[low] * (1 - share) + source[high] * share).reshape(shape)
+        notes.append(f"interpolated {name}: {list(tensor.shape)} -> {list(shape)}")
+    return result
