@@ -56,7 +56,8 @@ def choose_wkv7(
     if requested != "auto":
         raise UserError(
             f"wkv7 backend {requested!r} is unknown; use one of "
-            f"{', '.join(WKV7_BACKENDS)} or 'auto' (argument backend= or environment variable {KERNEL_VARIABLE})."
+            f"{', '.join(WKV7_BACKENDS)} or 'auto' "
+            f"(argument backend= or environment variable {KERNEL_VARIABLE})."
         )
     if device_type == "cpu":
         return Choice("chunked", "no GPU in use")

@@ -199,7 +199,8 @@ class _Workspace:
 
     def by_chunk(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [M, ...] as one [rows * H, ...] per chunk."""
-        return x.unflatten(0, (self.C, self.G)).unbind()
+        chunks: tuple[Tensor, ...] = x.unflatten(0, (self.C, self.G)).unbind()
+        return chunks
 
     def new_states(self) -> Tensor:
         """Room for the states between the chunks, the entering and the leaving one included."""
