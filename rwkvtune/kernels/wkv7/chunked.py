@@ -24,8 +24,9 @@ Everything is stacked in pairs, so that four small products become one: AR = [at
 BK = [bh; kh], UV = [U; V], ZY = [dZ; dY], each [2n, N], and A [2n, 2n] = tril(AR BKᵀ).
 
 The sequence is cut into slabs (some batch rows, some chunks) whose temporaries stay in the cache;
-they are allocated once per call and reused. Memory is linear in the number of tokens: the inputs,
-the states between chunks and the matrices T are what is kept for the backward.
+they are allocated once per call and reused. Memory is linear in the number of tokens: kept for the
+backward are the inputs, T, U and the state that enters each slab; the states inside a slab are
+rebuilt from U, which costs less than fetching them from memory.
 
 Document starts inside a chunk: tokens of different documents do not see each other (A is masked),
 only the first document of a chunk sees S0, only the last one reaches Sn.
@@ -120,10 +121,8 @@ class _Triangles:
         self.backward = self.forward.abs()  # [2n, 2n], the triangles of dA
         # [n+1, n]: times sigmoid(w) gives the running log-sum of the decays; row 0 is zero.
         self.running_log = torch.cat([torch.zeros_like(full[:1]), full]) * LOG_DECAY_SCALE
-        # [n, 2n]: adds d_at at of later tokens and d_rt rt of this and later ones.
-        self.from_reads = torch.cat([strict.T, full.T], 1) * LOG_DECAY_SCALE
-        # [n, 2n]: subtracts d_bh bh and d_kh kh of this and later tokens.
-        self.from_writes = torch.cat([full.T, full.T], 1) * -LOG_DECAY_SCALE
+        # [n, 2n]: sums the first half over later tokens, the second over this and later ones.
+        self.later = torch.cat([strict.T, full.T], 1) * LOG_DECAY_SCALE
         self.eye = torch.eye(n, device=like.device, dtype=dtype)
 
 
@@ -177,7 +176,8 @@ class _Workspace:
         self.AR0 = self.AR
         self.end = self.decay[:, -1:]
         self.small = self.empty(n, n)
-        self.P, self.U, self.Y = (self.empty(n, N) for _ in range(3))
+        self.P, self.Y = self.empty(n, N), self.empty(n, N)
+        self.states = self.new_states()
 
         self.gate5, self.AR5, self.BK5 = map(self.as5, (self.gate, self.AR, self.BK))
         self.at5, self.rt5 = self.AR5[..., :n, :], self.AR5[..., n:, :]
@@ -235,23 +235,25 @@ class _Workspace:
         T: Tensor = torch.linalg.solve_triangular(self.Aab, eye, upper=False, unitriangular=True)
         return T
 
-    def advance(self, T: Tensor, states: Tensor) -> Tensor:
-        """Fill states[1:] from states[0]; return the outputs [M, n, N]."""
+    def advance(self, S: Tensor, T: Tensor, U: Tensor) -> Tensor:
+        """Fill U [M, n, N], the states and Y from the entering state; return the leaving one."""
         at, rt = self.AR0[:, : self.n], self.AR0[:, self.n :]
-        entering, leaving = states[:-1], states[1:]
+        entering, leaving = self.states[:-1], self.states[1:]
+        entering[0].copy_(S.reshape(entering[0].shape))
         torch.bmm(T, at, out=self.P)
-        torch.bmm(torch.bmm(T, self.Aak, out=self.small), self.V, out=self.U)
+        torch.bmm(torch.bmm(T, self.Aak, out=self.small), self.V, out=U)
         torch.bmm(self.V.mT, self.kL, out=leaving.view(self.M, self.N, self.N))
-        for S, Sn, P, U, bL, end in zip(
+        for S0, Sn, P_c, U_c, bL_c, end_c in zip(
             entering.unbind(),
             leaving.unbind(),
-            *map(self.by_chunk, (self.P, self.U, self.bL, self.end)),
+            *map(self.by_chunk, (self.P, U, self.bL, self.end)),
             strict=True,
         ):
-            U.baddbmm_(P, S.mT)
-            Sn.baddbmm_(U.mT, bL).addcmul_(S, end)
+            U_c.baddbmm_(P_c, S0.mT)
+            Sn.baddbmm_(U_c.mT, bL_c).addcmul_(S0, end_c)
         torch.bmm(rt, entering.view(self.M, self.N, self.N).mT, out=self.Y)
-        return self.Y.baddbmm_(self.Arb, self.U).baddbmm_(self.Ark, self.V)
+        self.Y.baddbmm_(self.Arb, U).baddbmm_(self.Ark, self.V)
+        return leaving[-1]
 
 
 class _Retreat(_Workspace):
@@ -262,27 +264,34 @@ class _Retreat(_Workspace):
         n, N = self.n, self.N
         self.ZY, self.dAR, self.dBK = (self.empty(2 * n, N) for _ in range(3))
         self.dA = self.empty(2 * n, 2 * n)
-        self.dZ, self.dV, self.d_log = self.U, self.P, self.Y
+        self.dZ, self.dV, self.d_log = self.empty(n, N), self.P, self.Y
         self.d_states = self.new_states()
         self.dY = self.ZY[:, n:]
         self.dY5 = self.as5(self.ZY)[..., n:, :]
         self.d_log5, self.dV5 = self.as5(self.d_log), self.as5(self.dV)
         dAR5, dBK5 = self.as5(self.dAR), self.as5(self.dBK)
+        self.d_rt, self.d_bh, self.d_kh = self.dAR[:, n:], self.dBK[:, :n], self.dBK[:, n:]
         self.d_at5, self.d_rt5 = dAR5[..., :n, :], dAR5[..., n:, :]
         self.d_bh5, self.d_kh5 = dBK5[..., :n, :], dBK5[..., n:, :]
         # The same for every slab: the chunks of the sequential part, last one first.
         self._P, self._dZ = self.by_chunk(self.P)[::-1], self.by_chunk(self.dZ)[::-1]
 
-    def run(self, T: Tensor, states: Tensor, dy: Tensor, dSn: Tensor) -> Tensor:
+    def recall(self, S: Tensor, U: Tensor) -> None:
+        """Fill UV and the states from the entering state and U, as the forward had them."""
+        self.UV[:, : self.n].copy_(U)
+        entering, leaving = self.states[:-1], self.states[1:]
+        entering[0].copy_(S)
+        torch.bmm(self.UV.mT, self.BKn, out=leaving.view(self.M, self.N, self.N))
+        for S0, Sn, end in zip(
+            entering.unbind(), leaving.unbind(), self.by_chunk(self.end), strict=True
+        ):
+            Sn.addcmul_(S0, end)
+
+    def run(self, T: Tensor, dy: Tensor, dSn: Tensor) -> Tensor:
         """Fill dAR, dBK, dV and end_log; return dS0 [rows * H, N, N]. dy is a slab of dY."""
         M, N, n = self.M, self.N, self.n
         at, rt = self.AR0[:, :n], self.AR0[:, n:]
-        S0 = states[:-1].view(M, N, N)
         self.dY5.copy_(dy)
-
-        torch.bmm(self.Aak, self.V, out=self.P).baddbmm_(at, S0.mT)
-        self.UV[:, :n].copy_(torch.bmm(T, self.P, out=self.U))
-
         torch.bmm(T.mT, self.Arb.mT, out=self.small)
         torch.bmm(self.small, self.dY, out=self.dZ)
         torch.bmm(T.mT, self.bL, out=self.P)
@@ -305,7 +314,7 @@ class _Retreat(_Workspace):
 
         torch.bmm(self.kL, dSn.mT, out=self.dV).baddbmm_(self.A[:, :, n:].mT, self.ZY)
         torch.bmm(self.ZY, self.UV.mT, out=self.dA).mul_(self.triangles.backward)
-        torch.bmm(self.ZY, S0, out=self.dAR)
+        torch.bmm(self.ZY, self.states[:-1].view(M, N, N), out=self.dAR)
         torch.bmm(self.UV, dSn, out=self.dBK).mul_(self.decay[:, -1:])
         if self.documents is not None:
             self.as5(self.dA).mul_(self.documents.same)
@@ -314,11 +323,11 @@ class _Retreat(_Workspace):
         self.dAR.baddbmm_(self.dA, self.BK)
         self.dBK.baddbmm_(self.dA.mT, self.AR)
         # d_leaving is read for the last time here, so the product may take its place.
-        self.end_log = dSn.mul_(states[1:].view(M, N, N)).sum(1, keepdim=True)
+        self.end_log = dSn.mul_(self.states[1:].view(M, N, N)).sum(1, keepdim=True)
         return self.d_states[0]
 
     def store(self, slab: _Slab, gradients: tuple[Tensor, ...]) -> None:
-        """Write the gradients of the inputs; uses up dAR and dBK."""
+        """Write the gradients of the inputs; uses up dAR."""
         dr, dw, dk, dv, da, db = (slab.of(x) for x in gradients)
         M, n = self.M, self.n
         torch.mul(self.d_at5, self.before5, out=da)
@@ -327,8 +336,10 @@ class _Retreat(_Workspace):
         torch.mul(self.d_kh5, self.inverse_decay5, out=dk)
         dv.copy_(self.dV5)
         d_log = self.d_log
-        torch.bmm(self.triangles.from_reads.expand(M, n, 2 * n), self.dAR.mul_(self.AR), out=d_log)
-        d_log.baddbmm_(self.triangles.from_writes.expand(M, n, 2 * n), self.dBK.mul_(self.BK))
+        self.dAR.mul_(self.AR)
+        self.d_rt.addcmul_(self.d_bh, self.BK[:, :n], value=-1)
+        self.d_rt.addcmul_(self.d_kh, self.BK[:, n:], value=-1)
+        torch.bmm(self.triangles.later.expand(M, n, 2 * n), self.dAR, out=d_log)
         d_log.add_(self.end_log, alpha=LOG_DECAY_SCALE)
         torch.ops.aten.sigmoid_backward(d_log, self.gate, grad_input=d_log)
         dw.copy_(self.d_log5)
@@ -364,14 +375,11 @@ class _Wkv7(torch.autograd.Function):
                         workspaces[slab.shape] = _Workspace(slab, r, dtype)
                     work = workspaces[slab.shape]
                     work.load(slab, inputs, reset)
-                    inverse = work.solve()
-                    states = work.new_states()
-                    states[0].copy_(S.reshape(states[0].shape))
-                    y_slab = work.advance(inverse, states)
-                    slab.of(y).copy_(work.as5(y_slab))
-                    S = states[-1]
+                    inverse, U = work.solve(), work.empty(slab.chunk_len, N)
                     if keep:
-                        kept += (states, inverse)
+                        kept += (S.reshape(-1, N, N).clone(), inverse, U)
+                    S = work.advance(S, inverse, U)
+                    slab.of(y).copy_(work.as5(work.Y))
                 final_state[rows].copy_(S.view(final_state[rows].shape))
         ctx.save_for_backward(*inputs, reset, *kept)
         return y, final_state
@@ -380,7 +388,7 @@ class _Wkv7(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         inputs, reset, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6], ctx.saved_tensors[7:]
-        pairs = list(zip(kept[::2], kept[1::2], strict=True))
+        of_slabs = list(zip(kept[::3], kept[1::3], kept[2::3], strict=True))
         B, T, H, _ = dy.shape
         gradients = tuple(
             torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs
@@ -392,12 +400,13 @@ class _Wkv7(torch.autograd.Function):
                 rows = slabs[0].rows
                 dS = d_final[rows]
                 for slab in reversed(slabs):
-                    states, inverse = pairs.pop()
+                    S, inverse, U = of_slabs.pop()
                     if slab.shape not in workspaces:
                         workspaces[slab.shape] = _Retreat(slab, inputs[0], d_final.dtype)
                     work = workspaces[slab.shape]
                     work.load(slab, inputs, reset)
-                    dS = work.run(inverse, states, slab.of(dy), dS)
+                    work.recall(S, U)
+                    dS = work.run(inverse, slab.of(dy), dS)
                     work.store(slab, gradients)
                 d_state[rows].copy_(dS.view(d_state[rows].shape))
         needed = ctx.needs_input_grad
