@@ -1,0 +1,1 @@
+"""Inference: choosing tokens from logits, and text from a model, one token at a time."""

@@ -1,0 +1,87 @@
+"""Choosing the next token from a model's logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from rwkvtune.errors import UserError
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    counts: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one token per row. In this order:
+
+        z = logits - presence_penalty * (counts > 0) - frequency_penalty * counts
+        p = softmax(z / temperature)                      temperature 0: the largest z, no drawing
+        top_k: keep the k largest p, scaled to sum 1      0 = all
+        top_p: keep the fewest largest p whose sum reaches top_p, scaled to sum 1      1 = all
+
+    logits: [B, V] fp32; -inf rules a token out.  counts: [B, V], how often each token came before;
+    None = never. Among equal logits the lower id counts as the larger.
+    generator: on the device of logits; None = torch's global one.
+    Returns ids [B] int64. UserError for values that make no sense and for logits that are NaN.
+    """
+    check_settings(temperature, top_k, top_p, presence_penalty, frequency_penalty)
+    if logits.isnan().any():
+        raise UserError(
+            "the model's logits are NaN: the weights are damaged or training diverged; "
+            "use an earlier checkpoint"
+        )
+    if counts is not None:
+        logits = logits - presence_penalty * (counts > 0) - frequency_penalty * counts
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    # Less the maximum first: dividing by a tiny temperature cannot overflow then.
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    if top_k == 0 and top_p == 1:
+        probabilities = torch.softmax(scaled, dim=-1)
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+    scaled, ids = torch.sort(scaled, dim=-1, descending=True, stable=True)
+    if top_k:
+        scaled, ids = scaled[:, :top_k], ids[:, :top_k]
+    probabilities = torch.softmax(scaled, dim=-1)  # [B,V] or [B,top_k], largest first
+    before = probabilities.cumsum(dim=-1) - probabilities
+    # multinomial scales to sum 1. The first is kept whatever rounding does.
+    probabilities[:, 1:].masked_fill_(before[:, 1:] >= top_p, 0)
+    place = torch.multinomial(probabilities, 1, generator=generator)
+    return ids.gather(-1, place)[:, 0]
+
+
+def check_settings(
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+) -> None:
+    """UserError for values that `sample` cannot use."""
+    if not 0 <= temperature < math.inf:
+        raise UserError(
+            f"temperature is {temperature}: give 0 (always the likeliest token) or more"
+        )
+    if top_k < 0:
+        raise UserError(f"top_k is {top_k}: give a number of tokens, or 0 for all")
+    if not 0 < top_p <= 1:
+        raise UserError(
+            f"top_p is {top_p}: give a probability above 0, at most 1 (1 = all tokens); "
+            "for the likeliest token only, give temperature 0"
+        )
+    for name, value in (
+        ("presence_penalty", presence_penalty),
+        ("frequency_penalty", frequency_penalty),
+    ):
+        if not math.isfinite(value):
+            raise UserError(f"{name} is {value}: give a number, or 0 for none")
