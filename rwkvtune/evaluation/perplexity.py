@@ -1,0 +1,110 @@
+"""Loss, perplexity and bits per byte of a model on a stream of tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rwkvtune.data.batch import IGNORED_TARGET
+from rwkvtune.data.lm_dataset import validation_windows
+from rwkvtune.errors import UserError
+from rwkvtune.inference.generate import evaluating
+
+
+class LossHead(Protocol):
+    def __call__(self, hidden: Tensor, weight: Tensor, /, targets: Tensor) -> Tensor:
+        """The sum of the losses, nats, a scalar; targets of -100 count for nothing.
+
+        hidden: [B, T, C].  weight: of the head, [V, C].  targets: int64 [B, T].
+        """
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found."""
+
+    loss: float
+    """Nats per target token."""
+    tokens: int
+    """Target tokens, all ranks together."""
+    bits_per_byte: float | None
+    """All the loss, in bits, over the bytes that the targets stand for; None if not known."""
+
+    @property
+    def perplexity(self) -> float:
+        """e^loss; infinite where a float ends."""
+        return math.exp(self.loss) if self.loss < 700 else self.loss * math.inf
+
+
+def evaluate(
+    model: nn.Module,
+    tokens: np.ndarray,
+    *,
+    ctx_len: int,
+    batch_size: int,
+    device: torch.device | str,
+    loss_head: LossHead,
+    max_windows: int = 0,
+    byte_lengths: np.ndarray | None = None,
+    reset_at_documents: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Evaluation:
+    """Measure a model on tokens [N], in windows that together have each of tokens[1:] as a target.
+
+    Every window starts from a zero state, so its first targets are predicted from little context: a
+    longer ctx_len gives a lower loss.
+    loss_head: such as rwkvtune.kernels.fused.cross_entropy.head_cross_entropy.
+    max_windows: use only the first so many windows; 0 = all.  byte_lengths: [V], bytes per token.
+    rank, world_size, sum_over_ranks: each rank takes its share of the windows; sum_over_ranks, such
+    as a Fabric's all_reduce, adds up a float64 vector, so that all ranks return the same.
+    Runs in the caller's autocast, if any; the model's train mode is as before afterwards. UserError
+    when there is nothing to predict.
+    """
+    if max_windows:
+        tokens = tokens[: max_windows * ctx_len + 1]
+    if len(tokens) < 2:
+        raise UserError(f"{len(tokens)} tokens are too few to evaluate on: 2 or more are needed")
+    sums = np.zeros(3)  # nats, target tokens, bytes
+    with evaluating(model):
+        for batch in validation_windows(
+            tokens,
+            ctx_len,
+            batch_size=batch_size,
+            reset_at_documents=reset_at_documents,
+            rank=rank,
+            world_size=world_size,
+        ):
+            on_device = batch.to(device)
+            head = partial(loss_head, targets=on_device.targets)
+            nats, _ = model(on_device.input_ids, reset=on_device.reset, head=head)
+            sums += (float(nats), batch.target_tokens, _num_bytes(batch.targets, byte_lengths))
+    if sum_over_ranks is not None:
+        sums = sum_over_ranks(torch.from_numpy(sums)).cpu().numpy()
+    nats_sum, num_targets, num_bytes = (float(value) for value in sums)
+    return Evaluation(
+        loss=nats_sum / num_targets,
+        tokens=int(num_targets),
+        bits_per_byte=nats_sum / math.log(2) / num_bytes if num_bytes else None,
+    )
+
+
+def _num_bytes(targets: Tensor, byte_lengths: np.ndarray | None) -> int:
+    """Bytes that targets [B, T] stand for; 0 without byte_lengths."""
+    if byte_lengths is None:
+        return 0
+    ids = targets[targets != IGNORED_TARGET].numpy()
+    if ids.size and ids.max() >= len(byte_lengths):
+        raise UserError(
+            f"the tokens hold the id {ids.max()}, the tokenizer has 0 to {len(byte_lengths) - 1}: "
+            "give the tokenizer that these tokens were made with"
+        )
+    return int(byte_lengths[ids].sum())
