@@ -1,0 +1,1 @@
+"""Training: the loop, its parts, and the recipes that know both data and model."""
