@@ -239,7 +239,8 @@ def test_the_size_of_slabs_does_not_change_the_result(monkeypatch: pytest.Monkey
     reset[1, 40] = reset[4, 2] = True
     whole = run("chunked", inputs, state, dtype=torch.float64, reset=reset)
     # Two rows of the batch and one chunk at a time, with a row and eleven tokens left over.
-    monkeypatch.setattr(chunked, "SLAB_ROWS", 2 * 3 * chunked.CHUNK_LEN)
+    rows = 2 * 3 * chunked.CHUNK_LEN
+    monkeypatch.setattr(chunked, "SLAB_ROWS_PER_THREAD", rows // torch.get_num_threads())
     small = run("chunked", inputs, state, dtype=torch.float64, reset=reset)
     assert_close(small, whole, 1e-13)
 

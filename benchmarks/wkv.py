@@ -1,0 +1,162 @@
+"""Speed and memory of the wkv7 kernel: ratios within one run, since machines differ.
+
+    python -m benchmarks.wkv [--out benchmarks/results] [--device cpu|cuda] [--repeats 5]
+
+Measures the matrix form against the per-token loop (in turns, medians), its cost per token and its
+peak memory over sequence lengths from 512 to 32768, and one decoding step. Writes one JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import machine
+from rwkvtune.kernels.wkv7 import wkv7
+
+Shape = tuple[int, int, int, int]
+"""B, T, H, N"""
+
+RATIO_SHAPE: Shape = (4, 512, 12, 64)
+LENGTHS = [512, 1024, 2048, 4096, 8192, 16384, 32768]
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """r, w, k, v, a, b of the sizes that a model produces, wanting gradients."""
+    torch.manual_seed(0)
+    r, w, k, v, kk, gate = (torch.randn(*shape) for _ in range(6))
+    kk = torch.nn.functional.normalize(kk, dim=-1)
+    tensors = [r, 2 * w - 1, 0.3 * k, v, -kk, kk * torch.sigmoid(gate)]
+    return [x.to(device, dtype).requires_grad_() for x in tensors]
+
+
+def time_once(inputs: list[Tensor], backend: str, device: str) -> tuple[float, float]:
+    """Milliseconds of one forward, and of one forward with its backward."""
+    r, w, k, v, a, b = inputs
+    dy = torch.ones_like(r)
+    outputs: list[Tensor] = []
+    forward = machine.milliseconds(
+        lambda: outputs.append(wkv7(r, w, k, v, a, b, backend=backend)[0]), device
+    )
+    backward = machine.milliseconds(lambda: torch.autograd.grad(outputs, inputs, [dy]), device)
+    return forward, forward + backward
+
+
+def compare_with_loop(
+    shape: Shape, dtype: torch.dtype, device: str, repeats: int
+) -> dict[str, Any]:
+    """Matrix form and loop in turns; the matrix form five times for each loop."""
+    inputs = make_inputs(shape, dtype, device)
+    times: dict[str, list[tuple[float, float]]] = {"reference": [], "chunked": []}
+    for backend in times:
+        time_once(inputs, backend, device)
+    for _ in range(repeats):
+        times["reference"].append(time_once(inputs, "reference", device))
+        times["chunked"] += (time_once(inputs, "chunked", device) for _ in range(5))
+    result: dict[str, Any] = {"shape_BTHN": shape, "dtype": str(dtype).removeprefix("torch.")}
+    for index, name in enumerate(["forward", "forward_backward"]):
+        medians = {
+            backend: statistics.median(pair[index] for pair in pairs)
+            for backend, pairs in times.items()
+        }
+        result[name] = {
+            "reference_ms": round(medians["reference"], 2),
+            "chunked_ms": round(medians["chunked"], 2),
+            "chunked_fastest_ms": round(min(pair[index] for pair in times["chunked"]), 2),
+            "ratio": round(medians["reference"] / medians["chunked"], 2),
+        }
+    return result
+
+
+def resident_bytes(field: str) -> int:
+    """A memory field of this process as Linux counts it: VmRSS now, VmHWM at its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(field + ":"))
+    return int(kilobytes) * 1024
+
+
+def peak_bytes(shape: Shape, dtype: torch.dtype, device: str) -> int:
+    """Peak memory that one forward and backward add to their inputs."""
+    inputs = make_inputs(shape, dtype, device)
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here (Linux)
+        before = resident_bytes("VmRSS")
+        time_once(inputs, "chunked", device)
+        return resident_bytes("VmHWM") - before
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    time_once(inputs, "chunked", device)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def sweep_lengths(dtype: torch.dtype, device: str, repeats: int) -> list[dict[str, Any]]:
+    """Cost per token and peak memory of forward and backward at B1 H12 N64, lengths in turns."""
+    times: dict[int, list[float]] = {T: [] for T in LENGTHS}
+    for repeat in range(repeats + 1):
+        for T in LENGTHS:
+            inputs = make_inputs((1, T, 12, 64), dtype, device)
+            # Short lengths as often as the longest: the same number of tokens, warm-up apart.
+            for _ in range(max(1, min(8, LENGTHS[-1] // T // 4))):
+                elapsed = time_once(inputs, "chunked", device)[1]
+                if repeat:
+                    times[T].append(elapsed)
+    rows = []
+    for T in LENGTHS:
+        # A fresh process, because the peak of a process never falls.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            peak = pool.apply(peak_bytes, ((1, T, 12, 64), dtype, device))
+        milliseconds = statistics.median(times[T])
+        rows.append(
+            {
+                "T": T,
+                "us_per_token": round(1e3 * milliseconds / T, 3),
+                "us_per_token_fastest": round(1e3 * min(times[T]) / T, 3),
+                "peak_bytes_per_token": round(peak / T),
+            }
+        )
+    return rows
+
+
+def time_decoding_step(device: str) -> float:
+    """Microseconds of one token without gradients at B1 H12 N64, fp32: median of 200."""
+    r, w, k, v, a, b = (x.detach() for x in make_inputs((1, 1, 12, 64), torch.float32, device))
+    state = torch.zeros(1, 12, 64, 64, device=device)
+    times = [
+        machine.milliseconds(lambda: wkv7(r, w, k, v, a, b, state), device) for _ in range(220)
+    ]
+    return round(1e3 * statistics.median(times[20:]), 1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    result = machine.describe(options.device) | {"against_loop": []}
+    for dtype in (torch.float32, torch.bfloat16):
+        comparison = compare_with_loop(RATIO_SHAPE, dtype, options.device, options.repeats)
+        print(json.dumps(comparison), flush=True)
+        result["against_loop"].append(comparison)
+    lengths = sweep_lengths(torch.float32, options.device, min(3, options.repeats))
+    for row in lengths:
+        print(json.dumps(row), flush=True)
+    result["lengths_B1_H12_N64_float32"] = lengths
+    result["decoding_step_us"] = time_decoding_step(options.device)
+    print(f"decoding step: {result['decoding_step_us']} us")
+    machine.write(options.out, f"wkv-{options.device}", result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
