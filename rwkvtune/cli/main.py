@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from rwkvtune.errors import UserError
 
 COMMANDS = {
+    "demo": "train a small RWKV-7 on a bundled text, on the CPU, in minutes",
     "train": "pretrain a language model, or go on with a run (rwkvtune train --help)",
 }
 """Each is a module of this folder with a `main(argv) -> exit code`, loaded only when it is called."""

@@ -18,6 +18,7 @@ from rwkvtune.checkpoint import prune_resume_states, save_weights
 from rwkvtune.data.batch import Batch
 from rwkvtune.errors import UserError
 from rwkvtune.training.config import OptimizerOptions, OutputOptions
+from rwkvtune.training.fabric import whole
 from rwkvtune.training.log import RunLog
 from rwkvtune.training.optim import set_hyperparameters
 from rwkvtune.training.plan import Plan
@@ -98,7 +99,9 @@ def fit(
                     # DDP and FSDP average gradients over ranks; targets already counts all of them.
                     fabric.backward(loss_sum * (plan.world_size / max(targets, 1)))
                 loss_here += loss_sum.detach()
-            norm = _clip(fabric, optimizer, trained, optimizer_options.grad_clip)
+            if _scales_its_loss(fabric):
+                fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
+            norm = clip_gradients(trained, optimizer_options.grad_clip)
             loss, stop_votes = _over_ranks(fabric, loss_here, stop.requested is not None)
             loss /= max(targets, 1)
             if not (math.isfinite(loss) and (math.isfinite(norm) or _scales_its_loss(fabric))):
@@ -190,17 +193,13 @@ def _save_weights(
         save_weights(folder / name, weights, dtype=output.save_dtype)
 
 
-def _clip(fabric: Any, optimizer: Any, parameters: list[nn.Parameter], limit: float) -> float:
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
     """The global gradient norm before clipping; scales the gradients down to `limit` where it is larger.
 
-    Source: RWKV-LM and torch use the coefficient min(1, limit / (norm + 1e-6)).
+    limit: 0 = never.  Source: RWKV-LM and torch use the coefficient min(1, limit / (norm + 1e-6)).
     """
-    fabric.strategy.precision.unscale_gradients(optimizer.optimizer) if _scales_its_loss(
-        fabric
-    ) else None
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    norm = whole(torch.nn.utils.get_total_norm(gradients, foreach=True))
     value = float(norm)
     if limit and value + 1e-6 > limit:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)

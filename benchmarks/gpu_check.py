@@ -1,0 +1,86 @@
+"""GPU tests, then GPU benchmarks, in one go: `make gpu-check OUT=dir`, under 8 minutes.
+
+Writes <date>-<gpu>.json with the device, versions, whether the tests passed, and the measured rows. Without a GPU it
+says so and exits 0, so that one command serves every machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+TEST_LIMIT_S = 180
+BENCHMARK_LIMIT_S = 270
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    out = parser.parse_args().out
+    try:
+        import torch
+    except ImportError:
+        print("gpu-check: this python has no torch; run `make venv`, or name one: PYTHON=...")
+        return 2
+    if not torch.cuda.is_available():
+        print(
+            f"gpu-check: torch {torch.__version__} sees no GPU here, so there is nothing to check"
+        )
+        return 0
+    from benchmarks import machine
+
+    tests = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "tests"], timeout=TEST_LIMIT_S
+    ).returncode
+    # pytest's 5 means that no test carries the mark.
+    result = machine.describe("cuda") | {"gpu_tests": {0: "passed", 5: "none"}.get(tests, "failed")}
+    result |= benchmarks()
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower().removeprefix("nvidia "))
+    machine.write(out, name.strip("-"), result)
+    return 0 if tests in (0, 5) else 1
+
+
+def benchmarks() -> dict[str, Any]:
+    """wkv7 at the shape that peers publish, and training steps; stops beginning new ones when time is short."""
+    import torch
+
+    from benchmarks import train_step, wkv
+    from rwkvtune.models import RWKV7Config
+
+    begin = time.monotonic()
+    found: dict[str, Any] = {"wkv7_fwd_bwd_ms": None, "step": [], "peers": {}}
+    found["wkv7_fwd_bwd_ms"] = wkv.forward_backward_ms(
+        "cuda", torch.bfloat16, B=8, T=4096, H=64, N=64
+    )
+    sizes = [(12, 768, 512, 16), (12, 768, 4096, 4), (24, 2048, 512, 8), (24, 2048, 4096, 2)]
+    for n_layer, n_embd, ctx_len, micro_bsz in sizes:
+        for grad_cp in (False, True):
+            if time.monotonic() - begin > BENCHMARK_LIMIT_S:
+                print(
+                    f"out of time: L{n_layer} D{n_embd} ctx {ctx_len} grad_cp {grad_cp} not measured"
+                )
+                continue
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            config = RWKV7Config(vocab_size=65536, n_layer=n_layer, n_embd=n_embd)
+            found["step"].append(
+                train_step.measure(
+                    config,
+                    "bf16",
+                    device="cuda",
+                    micro_bsz=micro_bsz,
+                    ctx_len=ctx_len,
+                    grad_cp=grad_cp,
+                    repeats=3,
+                )
+            )
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""What a result file says about where its numbers come from, and how times are taken."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rwkvtune import __version__
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Date, device, and versions; no host names."""
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_model()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": name,
+        "cpu": cpu_model(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "rwkvtune": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+    flags = {w for line in lines if line.startswith("flags") for w in line.split()}
+    extra = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+    return f"{', '.join(names) or platform.machine()} ({' '.join(extra)})"
+
+
+def milliseconds(work: Callable[[], object], device: str) -> float:
+    """One run of `work`, until the device has finished it."""
+    synchronize(device)
+    begin = time.perf_counter()
+    work()
+    synchronize(device)
+    return (time.perf_counter() - begin) * 1e3
+
+
+def interleaved(
+    works: dict[str, Callable[[], object]], device: str, repeats: int
+) -> dict[str, float]:
+    """Median milliseconds of each, taken in turn so that a slow moment of the machine hits all alike."""
+    for work in works.values():
+        milliseconds(work, device)
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            times[name].append(milliseconds(work, device))
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def write(folder: Path, name: str, result: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{result['date']}-{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {path}")
+    return path

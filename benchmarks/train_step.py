@@ -1,0 +1,148 @@
+"""How much of the machine's matrix speed a whole training step reaches.
+
+    python -m benchmarks.train_step                        # this machine's CPU, fp32 and bf16
+    python -m benchmarks.train_step --device cuda --precision bf16 --n_layer 12
+
+The step is forward, backward, clip and optimizer of the real model. Beside it, in turn, run the bare matrix
+products of that step: for each weight matrix x Wᵀ, g W and gᵀ x on contiguous tensors of the same shapes and type.
+`efficiency` is the ratio of the two times, which is the ratio of their FLOP/s on the same FLOP.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks import machine
+from torch import Tensor
+
+from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
+from rwkvtune.models import RWKV7Config, build_model
+from rwkvtune.training.loop import clip_gradients
+from rwkvtune.training.optim import build_optimizer, set_hyperparameters
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
+    for name, default in (("n_layer", 4), ("n_embd", 768), ("vocab_size", 16384)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--micro_bsz", type=int, default=4)
+    parser.add_argument("--ctx_len", type=int, default=512)
+    parser.add_argument("--grad_cp", action="store_true")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    rows = [
+        measure(
+            RWKV7Config(vocab_size=args.vocab_size, n_layer=args.n_layer, n_embd=args.n_embd),
+            precision,
+            device=args.device,
+            micro_bsz=args.micro_bsz,
+            ctx_len=args.ctx_len,
+            grad_cp=args.grad_cp,
+            repeats=args.repeats,
+        )
+        for precision in args.precision
+    ]
+    machine.write(
+        args.out, f"train-step-{args.device}", machine.describe(args.device) | {"step": rows}
+    )
+
+
+def measure(
+    config: RWKV7Config,
+    precision: str,
+    *,
+    device: str,
+    micro_bsz: int,
+    ctx_len: int,
+    grad_cp: bool,
+    repeats: int,
+) -> dict[str, Any]:
+    """One row of the result: times, tokens per second, and the share of the matrix speed reached."""
+    step = training_step(config, precision, device, micro_bsz, ctx_len, grad_cp)
+    bare = bare_products(config, DTYPES[precision], device, micro_bsz * ctx_len)
+    taken = machine.interleaved({"step": step, "bare": bare}, device, repeats)
+    tokens = micro_bsz * ctx_len
+    flop = 6 * config.matmul_parameters * tokens
+    row = {
+        "precision": precision,
+        "n_layer": config.n_layer,
+        "n_embd": config.n_embd,
+        "vocab_size": config.vocab_size,
+        "micro_bsz": micro_bsz,
+        "ctx_len": ctx_len,
+        "grad_cp": grad_cp,
+        "step_ms": round(taken["step"], 2),
+        "bare_products_ms": round(taken["bare"], 2),
+        "tokens_per_s": round(tokens / taken["step"] * 1e3),
+        "bare_gflop_per_s": round(flop / taken["bare"] / 1e6, 1),
+        "efficiency": round(taken["bare"] / taken["step"], 4),
+    }
+    if device == "cuda":
+        row["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    print("  ".join(f"{name} {value}" for name, value in row.items()))
+    return row
+
+
+def training_step(
+    config: RWKV7Config, precision: str, device: str, micro_bsz: int, ctx_len: int, grad_cp: bool
+) -> Callable[[], None]:
+    """A whole optimizer step on random tokens, as the loop does it."""
+    with torch.device(device):
+        model = build_model(config, seed=0) if device == "cpu" else build_model(config)
+    model.grad_cp = grad_cp
+    optimizer = build_optimizer(
+        model.named_parameters(), lr_init=1e-4, betas=(0.9, 0.99), eps=1e-18, weight_decay=0.1
+    )
+    set_hyperparameters(optimizer, lr=1e-4, weight_decay=0.1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ids = torch.randint(config.vocab_size, (micro_bsz, ctx_len + 1), device=device)
+    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def step() -> None:
+        mixed = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+        with mixed:
+            loss, _ = model(inputs, head=partial(head_cross_entropy, targets=targets))
+        (loss / targets.numel()).backward()
+        clip_gradients(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def bare_products(
+    config: RWKV7Config, dtype: torch.dtype, device: str, tokens: int
+) -> Callable[[], None]:
+    """The matrix products of a step and nothing else: forward, and both gradients, of every weight."""
+    C, F, V = config.n_embd, config.dim_ffn, config.vocab_size
+    ranks = [config.decay_rank, config.a_rank, config.g_rank]
+    per_block = [(C, C)] * 4 + [(C, F), (F, C)] + [s for r in ranks for s in ((C, r), (r, C))]
+    shapes = per_block * config.n_layer + [(C, V)]
+    shapes += [(C, config.v_rank), (config.v_rank, C)] * (config.n_layer - 1)
+    operands: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+    for k, n in set(shapes):
+        x, g = (torch.randn(tokens, width, device=device).to(dtype) for width in (k, n))
+        operands[k, n] = x, torch.randn(n, k, device=device).to(dtype), g
+
+    def products() -> None:
+        for shape in shapes:
+            x, w, g = operands[shape]
+            x @ w.T
+            g @ w
+            g.T @ x
+
+    return products
+
+
+if __name__ == "__main__":
+    main()
