@@ -1,7 +1,7 @@
 """GPU tests, then GPU benchmarks, in one go: `make gpu-check OUT=dir`, under 8 minutes.
 
-Writes <date>-<gpu>.json with the device, versions, whether the tests passed, and the measured rows. Without a GPU it
-says so and exits 0, so that one command serves every machine.
+Writes <date>-<gpu>.json with the device, versions, whether the tests passed, and the measured rows.
+Without a GPU it says so and exits 0, so that one command serves every machine.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def main() -> int:
 
 
 def benchmarks() -> dict[str, Any]:
-    """wkv7 at the shape that peers publish, and training steps; stops beginning new ones when time is short."""
+    """wkv7 at the shape that peers publish, and training steps; stops beginning new ones when time
+    is short."""
     import torch
 
     from benchmarks import train_step, wkv
@@ -61,9 +62,7 @@ def benchmarks() -> dict[str, Any]:
     for n_layer, n_embd, ctx_len, micro_bsz in sizes:
         for grad_cp in (False, True):
             if time.monotonic() - begin > BENCHMARK_LIMIT_S:
-                print(
-                    f"out of time: L{n_layer} D{n_embd} ctx {ctx_len} grad_cp {grad_cp} not measured"
-                )
+                print(f"out of time for L{n_layer} D{n_embd} ctx {ctx_len} grad_cp {grad_cp}")
                 continue
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -53,7 +53,8 @@ def milliseconds(work: Callable[[], object], device: str) -> float:
 def interleaved(
     works: dict[str, Callable[[], object]], device: str, repeats: int
 ) -> dict[str, float]:
-    """Median milliseconds of each, taken in turn so that a slow moment of the machine hits all alike."""
+    """Median milliseconds of each, taken in turn so that a slow moment of the machine hits all
+    alike."""
     for work in works.values():
         milliseconds(work, device)
     times: dict[str, list[float]] = {name: [] for name in works}

@@ -3,9 +3,10 @@
     python -m benchmarks.train_step                        # this machine's CPU, fp32 and bf16
     python -m benchmarks.train_step --device cuda --precision bf16 --n_layer 12
 
-The step is forward, backward, clip and optimizer of the real model. Beside it, in turn, run the bare matrix
-products of that step: for each weight matrix x Wᵀ, g W and gᵀ x on contiguous tensors of the same shapes and type.
-`efficiency` is the ratio of the two times, which is the ratio of their FLOP/s on the same FLOP.
+The step is forward, backward, clip and optimizer of the real model. Beside it, in turn, run the
+bare matrix products of that step: for each weight matrix x Wᵀ, g W and gᵀ x on contiguous tensors
+of the same shapes and type. `efficiency` is the ratio of the two times, which is the ratio of their
+FLOP/s on the same FLOP.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks import machine
 from torch import Tensor
 
+from benchmarks import machine
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
 from rwkvtune.models import RWKV7Config, build_model
 from rwkvtune.training.loop import clip_gradients
@@ -67,7 +68,8 @@ def measure(
     grad_cp: bool,
     repeats: int,
 ) -> dict[str, Any]:
-    """One row of the result: times, tokens per second, and the share of the matrix speed reached."""
+    """One row of the result: times, tokens per second, and the share of the matrix speed
+    reached."""
     step = training_step(config, precision, device, micro_bsz, ctx_len, grad_cp)
     bare = bare_products(config, DTYPES[precision], device, micro_bsz * ctx_len)
     taken = machine.interleaved({"step": step, "bare": bare}, device, repeats)
@@ -123,7 +125,8 @@ def training_step(
 def bare_products(
     config: RWKV7Config, dtype: torch.dtype, device: str, tokens: int
 ) -> Callable[[], None]:
-    """The matrix products of a step and nothing else: forward, and both gradients, of every weight."""
+    """The matrix products of a step and nothing else: forward, and both gradients, of every
+    weight."""
     C, F, V = config.n_embd, config.dim_ffn, config.vocab_size
     ranks = [config.decay_rank, config.a_rank, config.g_rank]
     per_block = [(C, C)] * 4 + [(C, F), (F, C)] + [s for r in ranks for s in ((C, r), (r, C))]

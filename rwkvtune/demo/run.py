@@ -1,7 +1,7 @@
 """From the bundled text to a trained model, a picture and a sample.
 
-Uses nothing that a user's own run could not: data.text, the training loop with recipe.yaml beside this file, and
-inference. Run again, it goes on where it was stopped, or shows what it reached.
+Uses nothing that a user's own run could not: data.text, the training loop with recipe.yaml beside
+this file, and inference. Run again, it goes on where it was stopped, or shows what it reached.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def run_demo(folder: Path) -> int:
 
 
 def _data(folder: Path) -> dict[str, str]:
-    """Token files of the bundled text, one character a token, the last tenth for validation; made once."""
+    """Token files of the bundled text, one character a token, the last tenth for validation; made
+    once."""
     from rwkvtune.data.text import build_from_text
 
     prefix = folder / "data" / "shakespeare"
@@ -44,7 +45,8 @@ def _data(folder: Path) -> dict[str, str]:
 
 
 def _precision(folder: Path) -> str:
-    """bf16 where this machine multiplies it faster than fp32; a run that exists keeps what it began with."""
+    """bf16 where this machine multiplies it faster than fp32; a run that exists keeps what it began
+    with."""
     config = folder / "config.yaml"
     if config.exists():
         return str(yaml.safe_load(config.read_text())["precision"])
@@ -91,8 +93,8 @@ Next:
     last = [
         row.values for row in read_metrics(folder / "metrics.csv") if row.values["val_loss"] > 0
     ][-1]
-    nats = last["val_loss"]
+    nats, seconds, tokens = last["val_loss"], last["seconds"], last["tokens"]
     print(
         f"demo: validation loss {nats:.4f} nats/char ({nats / math.log(2):.4f} bits/char) "
-        f"after {last['seconds']:.0f} s of training at {last['tokens'] / last['seconds']:.0f} tokens/s"
+        f"after {seconds:.0f} s of training at {tokens / seconds:.0f} tokens/s"
     )

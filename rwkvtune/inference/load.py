@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> RWKV7:
-    """The model of a .pth or .safetensors file: its dimensions from the tensors, fp32, in eval mode.
+    """The model of a .pth or .safetensors file: its dimensions from the tensors, fp32, in eval
+    mode.
 
     UserError when the file is no x070 model or lacks a tensor.
     """

@@ -32,7 +32,9 @@ def build_model(config: RWKV7Config, *, seed: int | None = None) -> RWKV7:
 
     from rwkvtune.models.rwkv7.model import RWKV7
 
-    model = RWKV7(config)
+    # Torch's layers fill themselves first, from its global generator.
+    with torch.random.fork_rng(devices=[]):
+        model = RWKV7(config)
     if model.emb.weight.device.type != "meta":
         model.init_weights(None if seed is None else torch.Generator().manual_seed(seed))
     return model
@@ -41,7 +43,8 @@ def build_model(config: RWKV7Config, *, seed: int | None = None) -> RWKV7:
 def detect_version(names: Mapping[str, object]) -> str:
     """Tell which RWKV a state dict belongs to by its keys: "x070".
 
-    Raises UserError for versions that rwkvtune knows but does not train, and for what is no RWKV at all.
+    Raises UserError for versions that rwkvtune knows but does not train, and for what is no RWKV at
+    all.
     """
     att = {n.removeprefix("blocks.0.att.") for n in names if n.startswith("blocks.0.att.")}
     if "blocks.0.ffn.s_emb.weight" in names:
@@ -77,7 +80,8 @@ def config_from_state_dict(weights: Mapping[str, torch.Tensor]) -> RWKV7Config:
 
 
 def fill_model(model: RWKV7, weights: Mapping[str, torch.Tensor], source: str) -> None:
-    """Give a model all of a file's weights, or raise one UserError that says which tensors do not fit.
+    """Give a model all of a file's weights, or raise one UserError that says which tensors do not
+    fit.
 
     source: the file's name, for the message.
     """

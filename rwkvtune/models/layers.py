@@ -41,7 +41,7 @@ class Linear(nn.Linear):
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last axis, eps 1e-5; reads any float type and writes `dtype`."""
 
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             z = F.layer_norm(
                 x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps

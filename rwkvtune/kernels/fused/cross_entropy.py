@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 L2WRAP = 1e-4
 """Upstream's pull of each position's largest logit towards zero."""
 
 LOGITS_IN_MEMORY = 2**25
-"""Logits that exist at once: 64 MB in bf16. More saves nothing, fewer makes the matrix products thin."""
+"""Logits that exist at once: 64 MB in bf16. More saves nothing, fewer makes the matrix products
+thin."""
 SOFTMAX_BLOCK = 2**19
-"""Logits whose softmax is taken at once: 2 MB in fp32, so that its passes stay in a core's cache."""
+"""Logits whose softmax is taken at once: 2 MB in fp32, so that its passes stay in a core's
+cache."""
 
 
 def head_cross_entropy_reference(
@@ -37,14 +41,14 @@ class _HeadCrossEntropy(torch.autograd.Function):
     """The gradient is made in the forward pass, while each block of logits is at hand."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor,
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor,
         ignore_index: int, l2wrap: float, chunk_rows: int,
     ) -> Tensor:  # fmt: skip
         C, (V, _) = hidden.shape[-1], weight.shape
         x, y = hidden.reshape(-1, C), targets.reshape(-1)
         w = weight.to(x.dtype)
-        need_dx, need_dw = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        need_dx, need_dw = ctx.needs_input_grad[:2]
         counted = y != ignore_index
         gold = torch.where(counted, y, 0)
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -63,25 +67,27 @@ class _HeadCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, w, out=dx[part])
             if need_dw:
                 dw = _accumulate(dw, logits, x[part])
-        ctx.save_for_backward(None if dx is None else dx.view_as(hidden), dw)  # type: ignore[attr-defined]
-        ctx.weight_dtype = weight.dtype  # type: ignore[attr-defined]
+        ctx.save_for_backward(None if dx is None else dx.view_as(hidden), dw)
+        ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dx, dw = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw = ctx.saved_tensors
         if dx is not None:
             dx = dx * grad.to(dx.dtype)
         if dw is not None:
-            dw = (dw * grad).to(ctx.weight_dtype)  # type: ignore[attr-defined]
+            dw = (dw * grad).to(ctx.weight_dtype)
         return dx, dw, None, None, None, None
 
 
 def _softmax_into_gradient(logits: Tensor, gold: Tensor, counted: Tensor, l2wrap: float) -> Tensor:
-    """Overwrite logits [rows, V] with d(sum of losses)/d(logits), L2Wrap included; return the sum in fp32.
+    """Overwrite logits [rows, V] with d(sum of losses)/d(logits), L2Wrap included; return the sum
+    in fp32.
 
-    Rows that are not counted get a zero gradient. The largest logit is the first one where several are equal.
+    Rows that are not counted get a zero gradient. The largest logit is the first one where several
+    are equal.
     """
     z = logits.float()
     largest, where = z.max(dim=-1, keepdim=True)
@@ -117,12 +123,13 @@ def head_cross_entropy(
 ) -> Tensor:
     """Sum over positions of -log softmax(hidden weightᵀ)[target], with L2Wrap in its gradient only.
 
-    hidden: [..., C], fp32 or bf16.  weight: [V, C], used in hidden's type.  targets: int64 [...]; positions
-    with `ignore_index` count for nothing.
-    l2wrap: adds l2wrap * max_logit to the gradient of each position's largest logit (0 = off); with the mean
-    taken over positions this is upstream's max_logit * 1e-4 / (B*T).
-    chunk_rows: positions whose logits exist at once (upstream's head_chunk); 0 = as many as 64 MB of bf16 hold.
-    Returns the sum, fp32 scalar. Softmax and sums are fp32 whatever the input.
+    hidden: [..., C], fp32 or bf16.  weight: [V, C], used in hidden's type.  targets: int64 [...];
+    positions with `ignore_index` count for nothing.
+    l2wrap: adds l2wrap * max_logit to the gradient of each position's largest logit (0 = off); with
+    the mean taken over positions this is upstream's max_logit * 1e-4 / (B*T).
+    chunk_rows: positions whose logits exist at once (upstream's head_chunk); 0 = as many as 64 MB
+    of bf16 hold. Returns the sum, fp32 scalar. Softmax and sums are fp32 whatever the input.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        return _HeadCrossEntropy.apply(hidden, weight, targets, ignore_index, l2wrap, chunk_rows)
+        loss = _HeadCrossEntropy.apply(hidden, weight, targets, ignore_index, l2wrap, chunk_rows)
+        return cast(Tensor, loss)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 
 def previous_token(z: Tensor, before: Tensor | None, reset: Tensor | None = None) -> Tensor:
@@ -33,22 +35,23 @@ def token_shift_mix_reference(
 
 
 class _TokenShiftMix(torch.autograd.Function):
-    """Autograd would write one gradient of z per blend, zero-fill the slices and add them up; this adds once."""
+    """Autograd would write one gradient of z per blend, zero-fill the slices and add them up; this
+    adds once."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: FunctionCtx, z: Tensor, mix: Tensor, before: Tensor | None, reset: Tensor | None
+    def forward(
+        ctx: Any, z: Tensor, mix: Tensor, before: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, ...]:
         mix = mix.to(z.dtype)
         d = previous_token(z, before, reset).sub_(z)
-        ctx.save_for_backward(d, mix, reset)  # type: ignore[attr-defined]
-        ctx.has_before = before is not None  # type: ignore[attr-defined]
+        ctx.save_for_backward(d, mix, reset)
+        ctx.has_before = before is not None
         return tuple(torch.addcmul(z, d, row) for row in mix)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        d, mix, reset = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        d, mix, reset = ctx.saved_tensors
         dz = grads[0].clone() if len(grads) == 1 else grads[0] + grads[1]  # [B,T,C]
         for g in grads[2:]:
             dz.add_(g)
@@ -60,7 +63,7 @@ class _TokenShiftMix(torch.autograd.Function):
             dprev.masked_fill_(reset[:, :, None], 0)
         dz[:, :-1].add_(dprev[:, 1:])
         dmix = torch.stack([column_dot(g, d) for g in grads])
-        dbefore = dprev[:, 0] if ctx.has_before else None  # type: ignore[attr-defined]
+        dbefore = dprev[:, 0] if ctx.has_before else None
         return dz, dmix, dbefore, None
 
 
@@ -76,8 +79,9 @@ def token_shift_mix(
 
         out_s = z + (P(z) - z) * mix[s]        P(z)_t = z_{t-1}
 
-    z: [B, T, C], fp32 or bf16.  mix: [S, C], any float type.  before: [B, C], the token before the window
-    (zeros when None).  reset: bool [B, T], True where a document starts: its first token sees zeros.
-    Returns S tensors [B, T, C] of z's dtype.  Source: RWKV-7 "Goose", arXiv:2503.14456, token shift.
+    z: [B, T, C], fp32 or bf16.  mix: [S, C], any float type.  before: [B, C], the token before the
+    window (zeros when None).  reset: bool [B, T], True where a document starts: its first token
+    sees zeros. Returns S tensors [B, T, C] of z's dtype.  Source: RWKV-7 "Goose", arXiv:2503.14456,
+    token shift.
     """
-    return _TokenShiftMix.apply(z, mix, before, reset)
+    return cast("tuple[Tensor, ...]", _TokenShiftMix.apply(z, mix, before, reset))

@@ -1,4 +1,5 @@
-"""What an x070 model looks like, in numbers. No torch here: presets and `--help` read this file too."""
+"""What an x070 model looks like, in numbers. No torch here: presets and `--help` read this file
+too."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ def low_rank_width(size: float) -> int:
 class RWKV7Config:
     """Dimensions of an x070 model; a width left at 0 takes the published value for `n_embd`.
 
-    Source of the default widths: RWKV-LM, RWKV-v7/train_temp. Released checkpoints follow several older
-    formulas, so for existing weights use `config_from_state_dict`, which reads every width from the tensors.
+    Source of the default widths: RWKV-LM, RWKV-v7/train_temp. Released checkpoints follow several
+    older formulas, so for existing weights use `config_from_state_dict`, which reads every width
+    from the tensors.
     """
 
     vocab_size: int
@@ -56,8 +58,8 @@ class RWKV7Config:
             raise UserError(f"an x070 model needs positive dimensions, got {', '.join(wrong)}")
         if self.n_embd % self.head_size:
             raise UserError(
-                f"n_embd={self.n_embd} is not a multiple of head_size={self.head_size}: "
-                f"choose n_embd={-(-self.n_embd // self.head_size) * self.head_size} or another head_size"
+                f"n_embd={self.n_embd} is not a multiple of head_size={self.head_size}: choose "
+                f"n_embd={-(-self.n_embd // self.head_size) * self.head_size} or another head_size"
             )
 
     @property
@@ -77,7 +79,8 @@ class RWKV7Config:
 
     @property
     def matmul_parameters(self) -> int:
-        """Parameters that every token is multiplied with: 6 x this is a training step's FLOP per token."""
+        """Parameters that every token is multiplied with: 6 x this is a training step's FLOP per
+        token."""
         V, C, L = self.vocab_size, self.n_embd, self.n_layer
         ranks = self.decay_rank + self.a_rank + self.v_rank + self.g_rank
         unused = 2 * C * self.v_rank  # layer 0 makes the first value and mixes in none

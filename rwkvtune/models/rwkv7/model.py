@@ -8,6 +8,8 @@ Source: arXiv:2503.14456; initial values: RWKV-LM, RWKV-v7/train_temp.
 from __future__ import annotations
 
 import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +30,8 @@ from rwkvtune.models.layers import (
 from rwkvtune.models.rwkv7.config import RWKV7Config
 
 GROUP_NORM_EPS = 64e-5
-"""Upstream divides by 8 before an eps of 1e-5, which is this eps; it does not depend on the head size."""
+"""Upstream divides by 8 before an eps of 1e-5, which is this eps; it does not depend on the head
+size."""
 
 
 def _empty(*shape: int) -> nn.Parameter:
@@ -88,28 +91,28 @@ class TimeMix(nn.Module):
         r = self.receptance(xr)
         k = self.key(xk)
         v = self.value(xv)
-        w = self.w0.to(x.dtype) + torch.tanh(xw @ self.w1.to(dtype)) @ self.w2.to(
+        w = self.w0.to(dtype) + torch.tanh(xw @ self.w1.to(dtype)) @ self.w2.to(
             dtype
         )  # raw: the kernel bounds the decay
-        a = torch.sigmoid(self.a0.to(x.dtype) + xa @ self.a1.to(dtype) @ self.a2.to(dtype))
+        a = torch.sigmoid(self.a0.to(dtype) + xa @ self.a1.to(dtype) @ self.a2.to(dtype))
         g = torch.sigmoid(xg @ self.g1.to(dtype)) @ self.g2.to(dtype)
         if v_first is None:
             v_first = v
         else:
-            gate = torch.sigmoid(self.v0.to(x.dtype) + xv @ self.v1.to(dtype) @ self.v2.to(dtype))
+            gate = torch.sigmoid(self.v0.to(dtype) + xv @ self.v1.to(dtype) @ self.v2.to(dtype))
             v = v + (v_first - v) * gate
 
-        kk = F.normalize((k * self.k_k.to(x.dtype)).view(B, T, H, N), dim=-1, p=2.0, eps=1e-12)
-        k = k * (1 + (a - 1) * self.k_a.to(x.dtype))
+        kk = F.normalize((k * self.k_k.to(dtype)).view(B, T, H, N), dim=-1, p=2.0, eps=1e-12)
+        k = k * (1 + (a - 1) * self.k_a.to(dtype))
 
         r, w, k, v4, a = (z.view(B, T, H, N) for z in (r, w, k, v, a))
         y, wkv_state = wkv7(
             r, w, k, v4, -kk, kk * a, None if state is None else state.wkv,
             reset=reset, backend=backend,
         )  # fmt: skip
-        y = F.layer_norm(y.float(), (N,), eps=GROUP_NORM_EPS).view(B, T, C)
-        y = (y * self.ln_x.weight + self.ln_x.bias).to(x.dtype)
-        bonus = (r * k * self.r_k.to(x.dtype)).sum(dim=-1, keepdim=True) * v4
+        y = F.layer_norm(y, (N,), eps=GROUP_NORM_EPS).view(B, T, C).to(dtype)  # sums in fp32
+        y = torch.addcmul(self.ln_x.bias.to(dtype), y, self.ln_x.weight.to(dtype))
+        bonus = (r * k * self.r_k.to(dtype)).sum(dim=-1, keepdim=True) * v4
         y = y + bonus.view(B, T, C)
         return self.output(y * g), v_first, wkv_state
 
@@ -123,7 +126,8 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, before: Tensor | None, reset: Tensor | None) -> Tensor:
         (xk,) = token_shift_mix(x, self.x_k.view(1, -1), before, reset)
-        return self.value(torch.relu(self.key(xk)).square())
+        mixed: Tensor = self.value(torch.relu(self.key(xk)).square())
+        return mixed
 
 
 class Block(nn.Module):
@@ -180,22 +184,27 @@ class RWKV7(nn.Module):
     ) -> tuple[Tensor, State]:
         """Run T tokens after `state`.
 
-        input_ids: int [B, T], or inputs_embeds: [B, T, C] in its place.  state: from an earlier call, or None.
-        reset: bool [B, T], True where a document starts: WKV state and token shifts are zero before that token.
-        head: takes (hidden [B, T, C], head weight [V, C]) in place of the projection, for losses that never
-        build all logits.
-        Returns logits [B, T, V] in the compute type (or what `head` returns) and the state after the last token.
+        input_ids: int [B, T], or inputs_embeds: [B, T, C] in its place.  state: from an earlier
+        call, or None.
+        reset: bool [B, T], True where a document starts: WKV state and token shifts are zero before
+        that token.
+        head: takes (hidden [B, T, C], head weight [V, C]) in place of the projection, for losses
+        that never build all logits.
+        Returns logits [B, T, V] in the compute type (or what `head` returns) and the state after
+        the last token.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give the model either input_ids or inputs_embeds")
         dtype = compute_dtype(self.head.weight)
-        # The residual stream keeps the weights' type: only what enters the matrix products is rounded.
+        # The residual stream keeps the weights' type: only what enters the matrix products is
+        # rounded.
         x = (
             self.emb(input_ids)
             if inputs_embeds is None
             else inputs_embeds.to(self.emb.weight.dtype)
         )
-        x = self.blocks[0].ln0(x)
+        first: Any = self.blocks[0]
+        x = first.ln0(x)
         v_first: Tensor | None = None
         new_state: State = []
         recompute = self.grad_cp and torch.is_grad_enabled()
@@ -221,10 +230,12 @@ class RWKV7(nn.Module):
 def _initial_value(
     name: str, like: Tensor, c: RWKV7Config, generator: torch.Generator | None
 ) -> Tensor:
-    """The initial tensor of one parameter, fp32, on the CPU.  Source: RWKV-LM train_temp, generate_init_weight.
+    """The initial tensor of one parameter, fp32, on the CPU.  Source: RWKV-LM train_temp,
+    generate_init_weight.
 
-    i indexes channels; d = i/C and n = i/(C-1); r0 runs from 0 at the first layer to 1 at the last, r1 from 1
-    towards 0. Powers of d are taken in fp32 and the others in fp64, as upstream does, to agree to the last bit.
+    i indexes channels; d = i/C and n = i/(C-1); r0 runs from 0 at the first layer to 1 at the last,
+    r1 from 1 towards 0. Powers of d are taken in fp32 and the others in fp64, as upstream does, to
+    agree to the last bit.
     """
     value = torch.empty(like.shape, dtype=torch.float32)
     C, N, L = c.n_embd, c.head_size, c.n_layer
@@ -249,24 +260,24 @@ def _initial_value(
         (torch.arange(C, dtype=torch.float64) % N - (N - 1) / 2) / max((N - 1) / 2, 0.5)
     ).float()
     zz, lin = zigzag * zigzag.abs(), (n - 0.5).float()
-    vectors = {
-        "att.x_r": lambda: 1.0 - d.pow(0.2 * r1),
-        "att.x_w": lambda: 1.0 - d.pow(0.9 * r1),
-        "att.x_k": lambda: 1.0 - d.pow(0.7 * r1),
-        "att.x_v": lambda: 1.0 - d.pow(0.7 * r1),
-        "att.x_a": lambda: 1.0 - d.pow(0.9 * r1),
-        "att.x_g": lambda: 1.0 - d.pow(0.2 * r1),
-        "att.w0": lambda: (-6 + 6 * n ** (1 + r0**0.3)).float() + 0.5 + zz * 2.5,
-        "att.a0": lambda: -0.19 + zz * 0.3 + lin * 0.4,
-        "att.v0": lambda: 0.73 - lin * 0.4,
-        "att.k_k": lambda: 0.71 - lin * 0.1,
-        "att.k_a": lambda: torch.full((C,), 1.02),
-        "att.r_k": lambda: torch.full((C,), -0.04),
-        "att.ln_x.weight": lambda: torch.full((C,), ((1 + layer) / L) ** 0.7),
-        "ffn.x_k": lambda: 1.0 - d.pow(r1**4),
+    vectors: dict[str, Tensor] = {
+        "att.x_r": 1.0 - d.pow(0.2 * r1),
+        "att.x_w": 1.0 - d.pow(0.9 * r1),
+        "att.x_k": 1.0 - d.pow(0.7 * r1),
+        "att.x_v": 1.0 - d.pow(0.7 * r1),
+        "att.x_a": 1.0 - d.pow(0.9 * r1),
+        "att.x_g": 1.0 - d.pow(0.2 * r1),
+        "att.w0": (-6 + 6 * n ** (1 + r0**0.3)).float() + 0.5 + zz * 2.5,
+        "att.a0": -0.19 + zz * 0.3 + lin * 0.4,
+        "att.v0": 0.73 - lin * 0.4,
+        "att.k_k": 0.71 - lin * 0.1,
+        "att.k_a": torch.full((C,), 1.02),
+        "att.r_k": torch.full((C,), -0.04),
+        "att.ln_x.weight": torch.full((C,), ((1 + layer) / L) ** 0.7),
+        "ffn.x_k": 1.0 - d.pow(r1**4),
     }
     if part in vectors:
-        return vectors[part]().view(like.shape)
+        return vectors[part].view(like.shape)
     if part in ("att.w1", "att.a1", "att.v1", "att.g1", "att.output.weight", "ffn.value.weight"):
         return value.zero_()
     if part in ("att.w2", "att.a2", "att.v2", "att.g2"):
@@ -288,8 +299,8 @@ def _accept_upstream_spellings(
 ) -> None:
     """Let load_state_dict take any upstream x070 file, editing torch's own copy of its dictionary.
 
-    Vectors come as [C] or [1, 1, C]; keys of sharded DeepSpeed runs carry `_forward_module.`; block 0's unused
-    v0, v1, v2 may be missing or of another width.
+    Vectors come as [C] or [1, 1, C]; keys of sharded DeepSpeed runs carry `_forward_module.`; block
+    0's unused v0, v1, v2 may be missing or of another width.
     """
     for name in [n for n in weights if n.startswith("_forward_module.")]:
         weights[name.removeprefix("_forward_module.")] = weights.pop(name)
@@ -305,18 +316,22 @@ def _accept_upstream_spellings(
 
 
 UNUSED = frozenset(f"blocks.0.att.v{i}" for i in range(3))
-"""Stored for upstream's sake, read by nothing: the first block makes the value that the others mix in."""
+"""Stored for upstream's sake, read by nothing: the first block makes the value that the others mix
+in."""
 
 
 def x070_config(shapes: dict[str, tuple[int, ...]]) -> RWKV7Config:
-    """Read every dimension from a checkpoint's tensor shapes; UserError names the tensor that is missing."""
-    layers = 1 + max(int(k.split(".")[1]) for k in shapes if k.startswith("blocks."))
+    """Read every dimension from a checkpoint's tensor shapes; UserError names the tensor that is
+    missing."""
+    numbers = (k.split(".")[1] for k in shapes if k.startswith("blocks."))
+    layers = 1 + max(int(n) for n in numbers if n.isdecimal())
     last = f"blocks.{layers - 1}.att."  # the first block may lack v1
 
     def size(name: str, axis: int) -> int:
         if name not in shapes or len(shapes[name]) <= axis:
             raise UserError(
-                f"these x070 weights lack {name} as a matrix (found {shapes.get(name)}): is the file complete?"
+                f"these x070 weights lack {name} as a matrix (found {shapes.get(name)}): "
+                "is the file complete?"
             )
         return shapes[name][axis]
 
