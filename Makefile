@@ -22,7 +22,7 @@ test: $(READY) ## run the tests
 	$(VENV_PYTHON) -m pytest
 
 demo: $(READY) ## train a small RWKV-7 on the bundled text, on the CPU, in minutes
-	@$(VENV_PYTHON) -m rwkvtune.demo
+	@$(VENV_PYTHON) -m rwkvtune demo
 
 lint: $(READY) ## ruff (rules and formatting) and mypy
 	$(VENV_PYTHON) -m ruff check .

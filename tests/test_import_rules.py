@@ -40,8 +40,8 @@ ROOMS: dict[str, tuple[set[str], set[str] | None]] = {
     "evaluation": (LIBRARY - {"kernels", "configs"} | {"inference"}, None),
     "export": (LIBRARY - {"kernels", "configs"} | {"inference"}, None),
     "training": (LIBRARY | {"inference", "evaluation"}, None),
-    "cli": (LIBRARY | ACTIVITIES, None),
-    "demo": (LIBRARY | ACTIVITIES | {"cli"}, None),
+    "demo": (LIBRARY | ACTIVITIES, None),
+    "cli": (LIBRARY | ACTIVITIES | {"demo"}, None),
     "pipeline": (LIBRARY | ACTIVITIES | {"cli"}, None),
     "__init__": ({"inference"}, set()),  # rwkvtune.load, on first use
     "__main__": ({"cli"}, set()),
