@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from types import FrameType
 
-from rwkvtune.errors import UserError
+from rwkvtune.errors import UserError, report
 
 COMMANDS = {
     "demo": "train a small RWKV-7 on a bundled text, on the CPU, in minutes",
     "train": "pretrain a language model, or go on with a run (rwkvtune train --help)",
 }
-"""Each is a module of this folder with a `main(argv) -> exit code`, loaded only when it is called."""
+"""Each is a module of this folder with a `main(argv) -> exit code`, loaded only when called."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
-    2 for what the user can put right, 130 for Ctrl-C before training has begun.
+    2 for what the user can put right; 130 for Ctrl-C and 143 for SIGTERM where the command has no
+    answer of its own.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
@@ -30,22 +35,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rwkvtune {__version__}")
         return 0
     if args[0] not in COMMANDS:
-        print(f"error: unknown command {args[0]!r}\n\n{_help()}", file=sys.stderr)
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        print(f"error: unknown command {args[0]!r}: {hint}", file=sys.stderr)
         return 2
-    command: Callable[[list[str]], int] = importlib.import_module(f"rwkvtune.cli.{args[0]}").main
-    return guarded(command, args[1:])
+    return guarded(args[0], args[1:])
 
 
-def guarded(command: Callable[[list[str]], int], args: list[str]) -> int:
-    """Call a command; a UserError becomes one line on stderr and exit code 2."""
+def guarded(name: str, args: list[str]) -> int:
+    """Run a command; a UserError becomes one line on stderr and exit code 2."""
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, _leave)
     try:
+        command: Callable[[list[str]], int] = importlib.import_module(f"rwkvtune.cli.{name}").main
         return command(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    except (UserError, KeyboardInterrupt) as error:
+        return report(error)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """As Ctrl-C does by itself: unwind, so that temporary files and child processes go too."""
+    sys.exit(128 + number)
 
 
 def _help() -> str:

@@ -3,35 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NoReturn, get_type_hints
+import os
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from rwkvtune.errors import UserError
-from rwkvtune.training.config import OPTION_GROUPS, TrainConfig
+from rwkvtune.training.config import (
+    OPTION_GROUPS,
+    TrainConfig,
+    expected,
+    setting_types,
+    unknown_settings,
+)
 
 DESCRIPTION = """Pretrain an RWKV-7 language model, or go on with the run in --proj_dir.
 
   rwkvtune train --data_file data/text --n_layer 6 --n_embd 512 --proj_dir out/first
   rwkvtune train --config out/first/config.yaml
 
-Settings come from --config and then from flags, which win. The same command goes on with a run that was stopped."""
+Settings come from --config and then from flags, which win. The same command goes on with a run
+that was stopped."""
 
 
 class OneLineParser(ArgumentParser):
     """Says what is wrong in one line instead of printing all flags."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(" ".join(str(message).split()) + " (see rwkvtune train --help)") from ex
+        raise UserError(plain_message(" ".join(str(message).split()))) from ex
 
 
 def main(argv: list[str]) -> int:
-    parser = make_parser()
-    namespace = parser.parse_args(with_plain_booleans(argv))
-    config = config_from(namespace)
-    from rwkvtune.training.lm import train_language_model  # torch: seconds
+    try:
+        namespace = make_parser().parse_args(with_plain_booleans(argv))
+        config = for_launcher(config_from(namespace), os.environ)
+        from rwkvtune.training.lm import train_language_model  # torch: seconds
 
-    return train_language_model(config).exit_code
+        return train_language_model(config).exit_code
+    except UserError:
+        # Raised before the processes have met, so each one comes to it; the first here says it.
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0":
+            return 2
+        raise
 
 
 def make_parser() -> ArgumentParser:
@@ -50,20 +65,55 @@ def config_from(namespace: Namespace) -> TrainConfig:
     return TrainConfig.from_flat(values)
 
 
-def with_plain_booleans(argv: list[str]) -> list[str]:
+def for_launcher(config: TrainConfig, environment: Mapping[str, str]) -> TrainConfig:
+    """Under torchrun, which starts the processes itself, take its numbers of devices and machines.
+
+    UserError when flags say otherwise: two processes with devices=1 would be two separate runs.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environment:
+        return config
+    local, world = int(environment["LOCAL_WORLD_SIZE"]), int(environment["WORLD_SIZE"])
+    d, nodes = config.device, world // local
+    if d.devices not in ("auto", local) or d.num_nodes not in (1, nodes):
+        raise UserError(
+            f"torchrun has started {local} processes on each of {nodes} machines, but the settings "
+            f"are devices={d.devices} and num_nodes={d.num_nodes}: leave them out"
+        )
+    device = dataclasses.replace(d, devices=local, num_nodes=nodes)
+    return dataclasses.replace(config, device=device)
+
+
+def with_plain_booleans(argv: Iterable[str]) -> list[str]:
     """`--grad_cp 1`, as upstream writes it, and a bare `--grad_cp` mean `--grad_cp true`."""
-    booleans = {
-        f"--{f.name}"
-        for options in OPTION_GROUPS.values()
-        for f in dataclasses.fields(options)
-        if get_type_hints(options)[f.name] is bool
-    }
+    booleans = {f"--{name}" for name, hint in setting_types().items() if hint is bool}
+    words = {"0": "false", "1": "true"}
+    args = [part for arg in argv for part in _split_if_boolean(arg, booleans)]
     result: list[str] = []
-    for i, arg in enumerate(argv):
-        if i and argv[i - 1] in booleans and arg in ("0", "1"):
-            arg = {"0": "false", "1": "true"}[arg]
-        result.append(arg)
-        is_last = i == len(argv) - 1
-        if arg in booleans and (is_last or argv[i + 1].startswith("--")):
+    for i, arg in enumerate(args):
+        is_value = i > 0 and args[i - 1] in booleans
+        result.append(words.get(arg, arg) if is_value else arg)
+        if arg in booleans and (i + 1 == len(args) or args[i + 1].startswith("--")):
             result.append("true")
     return result
+
+
+def _split_if_boolean(arg: str, booleans: set[str]) -> list[str]:
+    """`--grad_cp=1` in two parts."""
+    name, equals, value = arg.partition("=")
+    return [name, value] if equals and name in booleans else [arg]
+
+
+def plain_message(message: str) -> str:
+    """What the parser found wrong, in the words of the settings' own types and names."""
+    types = setting_types()
+    found = re.search(r'Parser key "(\w+)".*(?:Got value|Given value): (.*)', message)
+    if found and found[1] in types:
+        return f"{found[1]}={found[2]} must be {expected(types[found[1]])}"
+    found = re.search(r"Option '(\w+)' is not accepted", message)
+    if found:
+        return unknown_settings([found[1]])
+    found = re.match(r"unrecognized arguments: (.*)", message)
+    if found:
+        names = [arg[2:].partition("=")[0] for arg in found[1].split() if arg.startswith("--")]
+        return unknown_settings(names) if names else f"{message}; every setting is --NAME VALUE"
+    return f"{message} (see rwkvtune train --help)"

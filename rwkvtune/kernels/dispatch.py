@@ -81,11 +81,14 @@ def _triton_available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def announce(kernel: str, choice: Choice) -> None:
-    """Print a choice to stderr, once per process and only on rank zero."""
+def announce(kernel: str, choice: Choice, *, is_known: bool = False) -> None:
+    """Print a choice to stderr, once per process and only on rank zero.
+
+    is_known: the caller shows it in a place of its own, so that nothing is printed now or later.
+    """
     line = f"kernel {kernel}: {choice.backend} ({choice.reason})"
     if line in _announced:
         return
     _announced.add(line)
-    if os.environ.get("RANK", "0") == "0":
+    if not is_known and os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)

@@ -1,4 +1,5 @@
-"""The one typed description of a pretraining run. Every field is a flag, a YAML key and a line of this file.
+"""The one typed description of a pretraining run. Every field is a flag, a YAML key and a line of
+this file.
 
 No torch here: `rwkvtune train --help` reads these classes and must answer at once.
 """
@@ -6,15 +7,21 @@ No torch here: `rwkvtune train --help` reads these classes and must answer at on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import difflib
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rwkvtune.errors import UserError
 
 Order = Literal["published", "shuffled"]
 LrSchedule = Literal["cosine", "linear", "exponential", "constant", "wsd", "wsd_cosine"]
 Precision = Literal["bf16", "fp32", "tf32", "fp16"]
+Strategy = Literal[
+    "auto", "ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"
+]
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class ModelOptions:
     version: Literal["x070"] = "x070"
     """RWKV version; x070 is RWKV-7."""
     load_model: str = ""
-    """Weights to start from: an upstream .pth or a .safetensors file; empty = fresh initial weights."""
+    """Weights to start from: an upstream .pth or a .safetensors file; empty = initial values."""
     n_layer: int | None = None
     """Blocks (12 for a fresh model)."""
     n_embd: int | None = None
@@ -44,7 +51,7 @@ class ModelOptions:
     g_rank: int | None = None
     """Low-rank width of the gate (train_temp's formula for a fresh model)."""
     interpolate: bool = False
-    """Resize a loaded tensor that does not fit the dimensions given by flags, as upstream's stage 1 does."""
+    """Resize loaded tensors that do not fit the dimensions in the flags, as upstream's stage 1."""
 
 
 @dataclass(frozen=True)
@@ -58,31 +65,31 @@ class DataOptions:
     ctx_len: int = 512
     """Tokens per window."""
     order: Order = "published"
-    """Order of windows: RWKV-LM's cubic permutation, or a seeded shuffle of all windows per pass."""
+    """Order of windows: RWKV-LM's cubic permutation, or another seeded shuffle in each pass."""
     magic_prime: int = 0
     """The published order's prime; 0 = the largest that fits the data."""
     reset_at_documents: bool = False
     """Start each document of a window from a zero state; upstream lets state flow through."""
     tokenizer: str = ""
-    """bytes, world or a tokenizer.json; empty = the one beside the data. Used for samples and bits per byte."""
+    """bytes, world or a tokenizer.json; empty = the one beside the data. For samples, bits/byte."""
 
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """Length and learning rate. Steps are optimizer steps; tokens are those of all ranks together."""
+    """Length and learning rate. Steps are optimizer steps; tokens are those of all ranks."""
 
     micro_bsz: int = 8
     """Windows per device and micro-batch."""
     accumulate_grad_batches: int = 1
     """Micro-batches per optimizer step."""
     epoch_steps: int = 0
-    """Steps per mini-epoch; 0 = one pass over the data. 40320 / global batch gives the published one."""
+    """Steps per mini-epoch; 0 = one pass over the data. Upstream has 40320 / windows per step."""
     epoch_count: int = 0
     """Mini-epochs to train; 0 = as many as exit_tokens needs, or one without exit_tokens."""
     exit_tokens: int = 0
     """Stop after this many training tokens and end the schedule there; 0 = the epochs decide."""
     lr_schedule: LrSchedule = "cosine"
-    """Curve from lr_init to lr_final; wsd = warmup, plateau, decay; wsd_cosine = world_train.py's wsd."""
+    """Curve from lr_init to lr_final; wsd = plateau, then decay; wsd_cosine = world_train.py's."""
     lr_init: float = 6e-4
     """Highest learning rate."""
     lr_final: float = 6e-5
@@ -120,16 +127,16 @@ class DeviceOptions:
     """Devices."""
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
-    devices: str = "auto"
+    devices: int | Literal["auto"] = "auto"
     """Devices per machine: a number, or auto (all GPUs, one CPU process)."""
     num_nodes: int = 1
     """Machines."""
-    strategy: str = "auto"
-    """auto, ddp, fsdp, deepspeed_stage_1, deepspeed_stage_2 or deepspeed_stage_3."""
+    strategy: Strategy = "auto"
+    """How devices share the work; auto = ddp, the others also shard the model or its optimizer."""
     precision: Precision = "bf16"
-    """bf16 = bf16 products with fp32 master weights; fp32; tf32 (GPU); fp16 (GPU, with loss scaling)."""
+    """bf16 = bf16 products with fp32 master weights; fp32; tf32 (GPU); fp16 (GPU, loss scaling)."""
     grad_cp: bool = False
-    """Recompute each block's activations in the backward pass: less memory, about a third more time."""
+    """Recompute each block in the backward pass: less memory, about a third more time."""
     kernel: str = "auto"
     """wkv7 backend: auto, chunked or reference."""
     threads: int = 0
@@ -142,8 +149,8 @@ class OutputOptions:
 
     proj_dir: str = "out"
     """The run folder."""
-    resume: str = "auto"
-    """auto = go on from the newest resume state in proj_dir; never = refuse a folder that holds a run."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto = go on with the run that proj_dir holds; never = refuse a folder that holds one."""
     random_seed: int = 42
     """Initial weights, shuffled order and samples."""
     epoch_save: int = 1
@@ -185,9 +192,7 @@ class TrainConfig:
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Build from one flat mapping of field name -> value; an unknown name is an error that lists near ones."""
-        import difflib
-
+        """Build one from one flat mapping of field name -> value; UserError for unknown names."""
         parts: dict[str, Any] = {}
         rest = dict(values)
         for f in dataclasses.fields(cls):
@@ -195,12 +200,7 @@ class TrainConfig:
             names = [g.name for g in dataclasses.fields(options)]
             parts[f.name] = options(**{n: rest.pop(n) for n in names if n in rest})
         if rest:
-            known = [g.name for o in OPTION_GROUPS.values() for g in dataclasses.fields(o)]
-            near = {n: difflib.get_close_matches(n, known, n=1) for n in rest}
-            hints = [f"{n} (did you mean {m[0]}?)" if m else n for n, m in near.items()]
-            raise UserError(
-                f"unknown settings: {', '.join(hints)}; `rwkvtune train --help` lists all"
-            )
+            raise UserError(unknown_settings(rest))
         return cls(**parts)
 
     def to_flat(self) -> dict[str, Any]:
@@ -209,59 +209,52 @@ class TrainConfig:
         return {g.name: getattr(o, g.name) for o in groups for g in dataclasses.fields(o)}
 
     def problems(self) -> list[str]:
-        """Everything that is wrong with the settings themselves, all at once; files are not looked at."""
-        d, s, o, out = self.data, self.schedule, self.optimizer, self.output
-        checks = [
-            (bool(d.data_file), "data_file is missing: give the prefix of a .bin/.idx pair"),
-            (d.ctx_len >= 1, f"ctx_len={d.ctx_len} must be at least 1"),
-            (s.micro_bsz >= 1, f"micro_bsz={s.micro_bsz} must be at least 1"),
-            (
-                s.accumulate_grad_batches >= 1,
-                f"accumulate_grad_batches={s.accumulate_grad_batches} must be at least 1",
-            ),
-            (s.lr_init >= 0 and s.lr_final >= 0, "lr_init and lr_final must not be negative"),
-            (0 < s.decay_share <= 1, f"decay_share={s.decay_share} must be in (0, 1]"),
-            (
-                0 <= o.beta1 < 1 and 0 <= o.beta2 < 1,
-                f"beta1={o.beta1} and beta2={o.beta2} must be in [0, 1)",
-            ),
-            (o.adam_eps >= 0, f"adam_eps={o.adam_eps} must not be negative"),
-            (o.grad_clip >= 0, f"grad_clip={o.grad_clip} must not be negative; 0 = no clipping"),
-            (out.keep_last >= 1, f"keep_last={out.keep_last} must be at least 1"),
-            (out.log_every >= 1, f"log_every={out.log_every} must be at least 1"),
-            (self.device.num_nodes >= 1, f"num_nodes={self.device.num_nodes} must be at least 1"),
-            (
-                self.device.devices == "auto" or self.device.devices.isdigit(),
-                f"devices={self.device.devices} must be a number or auto",
-            ),
-            (
-                self.device.strategy in STRATEGIES,
-                f"strategy={self.device.strategy} is not one of {', '.join(STRATEGIES)}",
-            ),
-            (
-                out.resume in ("auto", "never"),
-                f"resume={out.resume} must be auto or never; to start from weights use load_model",
-            ),
+        """All that is wrong with the settings themselves, at once; files are not looked at."""
+        flat = self.to_flat()
+        found = [
+            f"{name}={flat[name]!r} must be {expected(hint)}"
+            for name, hint in setting_types().items()
+            if not _fits(flat[name], hint)
         ]
-        counts = ("epoch_steps", "epoch_count", "exit_tokens")
-        checks += [
-            (getattr(s, n) >= 0, f"{n}={getattr(s, n)} must not be negative") for n in counts
+        if found:  # the rest compares numbers
+            return found
+        if not self.data.data_file:
+            found.append("data_file is missing: give the prefix of a .bin/.idx pair")
+        found += [
+            f"{name}={flat[name]} must be at least {least}"
+            for name, least in _AT_LEAST.items()
+            if isinstance(flat[name], int) and flat[name] < least
         ]
-        cadences = (
-            "epoch_save",
-            "save_every",
-            "val_every",
-            "val_windows",
-            "sample_every",
-            "sample_tokens",
-        )
-        checks += [
-            (getattr(out, n) >= 0, f"{n}={getattr(out, n)} must not be negative") for n in cadences
+        found += [
+            f"{name}={flat[name]} must be a number from 0 up"
+            for name in _NOT_NEGATIVE
+            if not (0 <= flat[name] < math.inf)
         ]
-        return [text for fine, text in checks if not fine]
+        found += [
+            f"{name}={flat[name]} must be in [0, 1)"
+            for name in ("beta1", "beta2")
+            if not 0 <= flat[name] < 1
+        ]
+        if not 0 < flat["decay_share"] <= 1:
+            found.append(f"decay_share={flat['decay_share']} must be in (0, 1]")
+        if not -math.inf < flat["weight_decay_final"] < math.inf:
+            found.append(f"weight_decay_final={flat['weight_decay_final']} must be a number")
+        if not -(2**63) <= flat["random_seed"] < 2**63:
+            found.append(f"random_seed={flat['random_seed']} must fit into 64 bits")
+        return found
 
 
-STRATEGIES = ("auto", "ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")
+_AT_LEAST = {
+    **dict.fromkeys(("ctx_len", "micro_bsz", "accumulate_grad_batches"), 1),
+    **dict.fromkeys(("devices", "num_nodes", "keep_last", "log_every"), 1),
+    **dict.fromkeys(("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn"), 1),
+    **dict.fromkeys(("decay_rank", "a_rank", "v_rank", "g_rank"), 1),
+    **dict.fromkeys(("epoch_steps", "epoch_count", "exit_tokens", "magic_prime"), 0),
+    **dict.fromkeys(("epoch_save", "save_every", "val_every", "val_windows"), 0),
+    **dict.fromkeys(("sample_every", "sample_tokens", "head_chunk", "threads"), 0),
+    "warmup_steps": -1,
+}
+_NOT_NEGATIVE = ("lr_init", "lr_final", "weight_decay", "adam_eps", "grad_clip", "l2wrap")
 
 OPTION_GROUPS: dict[str, type] = {
     "model": ModelOptions,
@@ -280,13 +273,52 @@ MAY_CHANGE_AT_RESUME = frozenset(
         *("tensorboard", "wandb", "resume", "proj_dir"),
     }
 )
-"""Settings that may differ from the interrupted run's; micro_bsz and accumulation only at one global batch size."""
+"""Settings that may differ from the interrupted run's; micro_bsz and accumulation only at one
+global batch size, which is compared too."""
 
 
 def changes_refused(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The settings that differ between an interrupted run and this one although they must not."""
+    """The settings that differ between an interrupted run and this one although they must not.
+
+    A setting that the interrupted run's version did not know counts as left at its default.
+    """
+    before = TrainConfig().to_flat() | dict(before)
     return [
         f"{name}: {before.get(name)!r} -> {now[name]!r}"
         for name in now
         if name not in MAY_CHANGE_AT_RESUME and before.get(name) != now[name]
     ]
+
+
+def setting_types() -> dict[str, Any]:
+    """The type of every setting by its name."""
+    hints = {name: get_type_hints(options) for name, options in OPTION_GROUPS.items()}
+    return {name: hint for group in hints.values() for name, hint in group.items()}
+
+
+def expected(hint: Any) -> str:
+    """A setting's type in words, such as "a whole number or auto"."""
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        return str(choices[0]) if len(choices) == 1 else f"one of {', '.join(choices)}"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    parts = get_args(hint) or (hint,)
+    return " or ".join(words.get(part) or expected(part) for part in parts if part is not NoneType)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    if get_args(hint):
+        return any(_fits(value, part) for part in get_args(hint))
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def unknown_settings(names: Iterable[str]) -> str:
+    """The message about names that are no fields, with the nearest real one to each."""
+    known = [f.name for options in OPTION_GROUPS.values() for f in dataclasses.fields(options)]
+    near = {name: difflib.get_close_matches(name, known, n=1) for name in names}
+    hints = [f"{name} (did you mean {m[0]}?)" if m else name for name, m in near.items()]
+    return f"unknown settings: {', '.join(hints)}; `rwkvtune train --help` lists all"

@@ -1,25 +1,32 @@
-"""The only file that knows Lightning Fabric: devices, precision, strategy, launch, and how a process ends."""
+"""The only file that knows Lightning Fabric: devices, precision, strategy, launch, and how the
+processes of a run end."""
 
 from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision, Precision
+from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-from rwkvtune.errors import UserError
+from rwkvtune.errors import UserError, report
 from rwkvtune.training.config import DeviceOptions
 
 
 class Autocast(MixedPrecision):
-    """Mixed precision that leaves the model's arguments alone: Fabric's own would round an fp32 WKV state."""
+    """Mixed precision that leaves the model's arguments alone: Fabric's own would round an fp32 WKV
+    state."""
 
     def convert_input(self, data: Any) -> Any:
         return data
@@ -37,15 +44,14 @@ def make_fabric(options: DeviceOptions, say: Callable[[str], None] = print) -> F
     devices = _device_count(options, accelerator)
     if options.precision == "fp16" and accelerator == "cpu":
         raise UserError(
-            "precision=fp16 does not run on a CPU: its fp16 products are several times slower than fp32 "
-            "and there is no loss scaling to keep small gradients; use --precision bf16 or fp32"
+            "precision=fp16 does not run on a CPU: its fp16 products are several times slower than "
+            "fp32 and there is no loss scaling to keep small gradients; use --precision bf16 or "
+            "fp32"
         )
     if options.precision == "tf32":
         torch.set_float32_matmul_precision("high")
         if accelerator == "cpu":
             say("precision tf32: a CPU has no tf32, so this is fp32")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     total = devices * options.num_nodes
     # Fabric's own announcements repeat what the run prints in its table.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
@@ -59,7 +65,8 @@ def make_fabric(options: DeviceOptions, say: Callable[[str], None] = print) -> F
 
 
 def _precision(name: str, accelerator: str) -> Precision:
-    """bf16 and fp16 = products in that type by autocast, fp32 master weights; tf32 is fp32 with a torch setting."""
+    """bf16 and fp16 = products in that type by autocast, fp32 master weights; tf32 is fp32 with a
+    torch setting."""
     if name in ("bf16", "fp16"):
         return Autocast("bf16-mixed" if name == "bf16" else "16-mixed", accelerator)
     return Precision()
@@ -83,14 +90,17 @@ def _device_count(options: DeviceOptions, accelerator: str) -> int:
     there = torch.cuda.device_count() if accelerator == "cuda" else 1
     if options.devices == "auto":
         return there
-    wanted = int(options.devices)
-    if wanted < 1 or (accelerator == "cuda" and wanted > there):
-        raise UserError(f"devices={wanted}, but this machine has {there} for {accelerator}")
-    return wanted
+    if accelerator != "cpu" and options.devices > there:
+        raise UserError(
+            f"devices={options.devices}, but this machine has {there} for {accelerator}; "
+            f"use --devices {there}"
+        )
+    return options.devices
 
 
 def _strategy(name: str, total_devices: int, say: Callable[[str], None]) -> Any:
-    """Published names on torch's own engines: DDP, or FSDP2 where parameters or gradients are sharded."""
+    """Published names on torch's own engines: DDP, or FSDP2 where parameters or gradients are
+    sharded."""
     if total_devices == 1:
         if name not in ("auto", "ddp"):
             say(f"strategy {name}: one device has nothing to shard, so this is a plain run")
@@ -100,14 +110,18 @@ def _strategy(name: str, total_devices: int, say: Callable[[str], None]) -> Any:
         say(f"strategy {name}: runs on torch's own {engine}; same mathematics")
         name = engine
     if name == "fsdp":
-        return ModelParallelStrategy(_shard_blocks)
+        return ModelParallelStrategy(
+            _shard_blocks, data_parallel_size=total_devices, tensor_parallel_size=1
+        )
     return DDPStrategy(gradient_as_bucket_view=True)
 
 
 def _shard_blocks(model: Any, device_mesh: Any) -> Any:
+    """One unit per block, gathered just before the block runs; the rest belongs to the model."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = device_mesh["data_parallel"]
+    fully_shard(model.blocks[0].ln0, mesh=mesh)  # the model calls it before block 0
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -115,27 +129,114 @@ def _shard_blocks(model: Any, device_mesh: Any) -> Any:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, without what Fabric and DDP put around it."""
-    while hasattr(model, "module"):
-        model = model.module
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
     return model
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor as one piece, gathered when it is sharded. Every rank must call this for every tensor."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    """A tensor as one piece, gathered when it is sharded. Every rank must call this for every
+    tensor."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    gathered: Tensor = tensor.full_tensor()
+    return gathered
+
+
+def planned_world_size(fabric: Fabric) -> int:
+    """Processes that the run will have, known before they are launched."""
+    strategy = fabric.strategy
+    return int(getattr(strategy, "num_processes", 1) * getattr(strategy, "num_nodes", 1))
+
+
+@contextmanager
+def launched(fabric: Fabric, *, threads: int, same_for_all: str) -> Iterator[None]:
+    """Start the other processes of a distributed run, and see that none outlives another.
+
+    threads: CPU threads of each process; 0 = torch's choice.
+    same_for_all: what every process must have worked out alike, such as where the run starts from;
+    UserError when one did not. An error in any process ends all of them: the first to fail says
+    why, and the run's exit code is not zero. Leaving the block does not end a process: see finish.
+    """
+    try:
+        fabric.launch()
+        if threads:  # after the launch, which sets its own number
+            torch.set_num_threads(threads)
+        if _is_distributed():
+            environment = getattr(fabric.strategy, "cluster_environment", None)
+            if isinstance(environment, LightningEnvironment) and environment.local_rank() > 0:
+                watch = threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True)
+                watch.start()
+            _check_same(fabric, same_for_all)
+        yield
+    except BaseException as error:
+        is_first = _is_distributed() and _is_first_to_fail()
+        code = report(error) if is_first else 1
+        _flush()
+        children: list[subprocess.Popen[bytes]] = getattr(fabric.strategy.launcher, "procs", [])
+        deadline = time.monotonic() + (0.0 if is_first else GRACE_S)
+        for child in children:
+            with suppress(subprocess.TimeoutExpired):  # it may be telling why it failed
+                child.wait(timeout=max(0.0, deadline - time.monotonic()))
+            child.kill()
+        if _is_distributed():
+            os._exit(code or 1)
+        raise
+
+
+GRACE_S = 3.0
+"""Seconds that the other processes get to end by themselves after one has failed."""
+
+
+def _is_first_to_fail() -> bool:
+    """Whether no other process has reported the end of the run yet."""
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        return int(store.add("rwkvtune/failed", 1)) == 1
+    except Exception:  # the process that keeps the store is gone, and it reports for itself
+        return torch.distributed.get_rank() == 0
+
+
+def _leave_with(parent: int) -> None:
+    """End this process soon after its parent, which it would else await in a collective, for half
+    an hour on GPUs."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _check_same(fabric: Fabric, mine: str) -> None:
+    found: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(found, mine)
+    for rank, other in enumerate(found):
+        if other != found[0]:
+            raise UserError(
+                f"the processes of this run disagree: rank 0 has {found[0]}; rank {rank} has "
+                f"{other}. All machines need the same data and settings, and one proj_dir that "
+                "they share"
+            )
 
 
 def finish(fabric: Fabric, code: int) -> None:
-    """End a distributed process with `code`; return at once in a plain one.
+    """End a distributed process in order; return at once in a plain one. Loggers must be closed.
 
-    gloo processes often abort while Python shuts down, after all work is done ("terminate called without an
-    active exception"); leaving through os._exit skips the destructors that do it. Loggers must be closed by now.
+    All processes have to call this. gloo processes often abort while Python shuts down, after all
+    work is done ("terminate called without an active exception"); leaving through os._exit skips
+    the destructors that do it. Only rank zero leaves with `code`: a launcher takes any other code
+    than 0 of the others for a crash.
     """
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if not _is_distributed():
         return
-    if code == 0:
-        fabric.barrier()
+    fabric.barrier()
     torch.distributed.destroy_process_group()
+    _flush()
+    os._exit(code if fabric.is_global_zero else 0)
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _flush() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)

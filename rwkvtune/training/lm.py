@@ -24,17 +24,23 @@ from rwkvtune.errors import UserError
 from rwkvtune.evaluation.perplexity import evaluate
 from rwkvtune.files import RunFolderLock, atomic_write, remove_leftovers
 from rwkvtune.inference.generate import generate
-from rwkvtune.kernels.dispatch import resolve_wkv7
+from rwkvtune.kernels.dispatch import Choice, announce, resolve_wkv7
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
 from rwkvtune.models import RWKV7Config, build_model, fill_model
 from rwkvtune.training import starting_point
 from rwkvtune.training.config import TrainConfig, changes_refused
-from rwkvtune.training.fabric import finish, make_fabric
+from rwkvtune.training.fabric import (
+    finish,
+    launched,
+    make_fabric,
+    planned_world_size,
+    unwrapped,
+)
 from rwkvtune.training.log import RunLog
 from rwkvtune.training.loop import fit
 from rwkvtune.training.optim import build_optimizer
 from rwkvtune.training.plan import Plan, make_plan, memory_estimate
-from rwkvtune.training.run_state import Progress, RunState
+from rwkvtune.training.run_state import Progress, RunState, read_state
 from rwkvtune.training.schedule import Schedule
 from rwkvtune.training.starting_point import StartingPoint
 
@@ -107,7 +113,9 @@ class LanguageModelRecipe:
             temperature=SAMPLE_TEMPERATURE,
             seed=output.random_seed + step,
         )
-        return output.sample_prompt + tokenizer.decode(list(ids))
+        # A vocabulary may be padded beyond the tokenizer: such ids stand for no text.
+        known = [id for id in ids if id < tokenizer.vocab_size]
+        return output.sample_prompt + tokenizer.decode(known)
 
     def state_dict(self) -> dict[str, Any]:
         return {}  # batches are a pure function of the step
@@ -126,113 +134,185 @@ class RunResult:
     """Of training steps, over all processes of the run."""
     tokens: int
     validation: dict[str, float]
-    """val_loss (nats per token), val_perplexity, val_bits_per_byte where known; empty without validation data."""
+    """val_loss (nats per token), val_perplexity, val_bits_per_byte where known; empty without
+    validation data."""
     was_finished: bool = False
     """The run had ended before; nothing was done."""
 
 
 def train_language_model(config: TrainConfig) -> RunResult:
-    """Pretrain, or go on pretraining, as `config` says; the README lists the files that appear in proj_dir.
+    """Pretrain, or go on pretraining, as `config` says; the README lists the files that appear in
+    proj_dir.
 
-    All that can be refused is refused before the run folder is touched.  UserError says what is wrong.
-    In a distributed run this does not return: each process ends here with the exit code.
+    All that can be refused is refused before the run folder is touched or another process started.
+    UserError says what is wrong. In a distributed run this does not return: each process ends here
+    with the exit code.
     """
     problems = config.problems()
     if problems:
         raise UserError("; ".join(problems))
     notes: list[str] = []
     fabric = make_fabric(config.device, say=notes.append)
-    fabric.launch()
-    folder = Path(config.output.proj_dir)
-    data = _open_data(config)
-    start = starting_point.find(config, data.tokenizer, notes)
-    data.check_ids(start.model_config.vocab_size)
-    plan = make_plan(config, world_size=fabric.world_size, num_slots=data.dataset.order.num_slots)
-    settings = _settings(config, plan, start.model_config, data)
-    if start.resume_state is not None:
-        refused = changes_refused(start.settings, settings)
-        if refused:
-            raise UserError(
-                f"{folder} holds a run with other settings: {'; '.join(refused)}. Give the old values to go on, "
-                "or another proj_dir for a new run"
-            )
-    else:
-        start.progress.epoch = start.epochs_behind
-        start.progress.step = start.epochs_behind * plan.epoch_steps
-        start.progress.tokens = start.progress.step * plan.tokens_per_step
-    progress = start.progress
-    if progress.step >= plan.total_steps:
+    job = _prepare(config, planned_world_size(fabric), fabric.device, notes)
+    progress, total_steps = job.start.progress, job.plan.total_steps
+    if progress.step >= total_steps:
         if fabric.is_global_zero:
             print(
-                f"{folder}: this run is finished ({progress.step} of {plan.total_steps} steps); "
-                "a larger exit_tokens or epoch_count goes on from here"
+                f"{config.output.proj_dir}: this run is finished ({progress.step} of {total_steps} "
+                "steps); a larger exit_tokens or epoch_count goes on from here"
             )
-        finish(fabric, 0)
         return RunResult(0, progress.step, progress.seconds, progress.tokens, {}, was_finished=True)
+    with launched(fabric, threads=config.device.threads, same_for_all=job.summary):
+        try:
+            exit_code, measured = _run(config, job, fabric)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory: {str(error).splitlines()[0]} A smaller --micro_bsz with more "
+                "--accumulate_grad_batches needs less, and so does --grad_cp"
+            ) from error
+        finish(fabric, exit_code)
+    return RunResult(exit_code, progress.step, progress.seconds, progress.tokens, measured)
 
-    schedule = _schedule(config, plan, restart_step=progress.step if start.epochs_behind else 0)
-    # On one device this names the kernel before anything runs; the model resolves it again by itself.
-    choice = resolve_wkv7(
-        fabric.device.type, torch.float32, start.model_config.head_size, config.device.kernel
+
+@dataclass(frozen=True)
+class _Job:
+    """A run that nothing speaks against, before anything of it exists."""
+
+    data: _Data
+    start: StartingPoint
+    plan: Plan
+    settings: dict[str, Any]
+    schedule: Schedule
+    kernel: Choice
+    notes: list[str]
+
+    @property
+    def summary(self) -> str:
+        """What all processes must agree on."""
+        steps = f"steps {self.start.progress.step} to {self.plan.total_steps}"
+        return f"{self.start.source}, {steps}, {self.data.fingerprint}"
+
+
+def _prepare(
+    config: TrainConfig, world_size: int, device: torch.device, notes: list[str]
+) -> _Job:
+    """Look at all that the run needs, and raise UserError for what is wrong; writes nothing."""
+    data = _open_data(config)
+    start = starting_point.find(config, data.tokenizer, notes)
+    data.check(start.model_config.vocab_size)
+    _check_sampling(config, data.tokenizer, start.model_config.vocab_size, notes)
+    if data.validation is None and (config.output.val_every or config.output.val_windows):
+        notes.append("val_every and val_windows do nothing without val_data_file")
+    plan = make_plan(config, world_size=world_size, num_slots=data.dataset.order.num_slots)
+    settings = _settings(config, plan, start.model_config, data)
+    if start.resume_state is not None:
+        refused = start.problems + changes_refused(start.settings, settings)
+        if refused:
+            raise UserError(
+                f"{config.output.proj_dir} holds a run with other settings: {'; '.join(refused)}. "
+                "Give the old values to go on, or another proj_dir for a new run"
+            )
+    else:
+        progress = start.progress
+        progress.epoch = start.epochs_behind
+        progress.step = progress.restart_step = start.epochs_behind * plan.epoch_steps
+        progress.tokens = progress.step * plan.tokens_per_step
+    schedule = _schedule(config, plan, restart_step=start.progress.restart_step)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.device.precision)
+    kernel = resolve_wkv7(
+        device.type, dtype or torch.float32, start.model_config.head_size, config.device.kernel
     )
-    with RunFolderLock(folder) if fabric.is_global_zero else nullcontext():
-        model = build_model(start.model_config, seed=config.output.random_seed)
-        model.grad_cp = config.device.grad_cp
-        model.backend = config.device.kernel
-        if start.weights is not None:
-            fill_model(model, start.weights, start.source)
-        o = config.optimizer
-        optimizer = build_optimizer(
-            model.named_parameters(),
-            lr_init=config.schedule.lr_init,
-            betas=(o.beta1, o.beta2),
-            eps=o.adam_eps,
-            weight_decay=o.weight_decay,
-            layerwise_lr=o.layerwise_lr,
-        )
-        wrapped, wrapped_optimizer = fabric.setup(model, optimizer)
-        recipe = LanguageModelRecipe(config, plan, data, fabric)
-        state = RunState(wrapped, wrapped_optimizer, recipe, progress, settings)
-        if start.resume_state is not None:
-            state.restore(start.resume_state)
-        log = RunLog(
-            folder,
-            total_steps=plan.total_steps,
-            log_every=config.output.log_every,
-            is_rank_zero=fabric.is_global_zero,
-            tensorboard=config.output.tensorboard,
-            wandb_project=config.output.wandb,
-        )
-        if fabric.is_global_zero:
+    return _Job(data, start, plan, settings, schedule, kernel, notes)
+
+
+def _run(config: TrainConfig, job: _Job, fabric: Any) -> tuple[int, dict[str, float]]:
+    """Put the run together and train; returns the exit code and the latest validation."""
+    folder, start, plan = Path(config.output.proj_dir), job.start, job.plan
+    is_zero = fabric.is_global_zero
+    log = RunLog(
+        folder,
+        total_steps=plan.total_steps,
+        log_every=config.output.log_every,
+        is_rank_zero=is_zero,
+        tensorboard=config.output.tensorboard,
+        wandb_project=config.output.wandb,
+    )
+    announce("wkv7", job.kernel, is_known=True)  # the table shows it
+    with RunFolderLock(folder) if is_zero else nullcontext():
+        if is_zero and starting_point.contents(folder) != start.seen:
+            raise UserError(
+                f"another run has just been using {folder}: run the same command again to go on "
+                "where it has stopped"
+            )
+        recipe = LanguageModelRecipe(config, plan, job.data, fabric)
+        state = _build_state(config, job, fabric, recipe)
+        if is_zero:
             remove_leftovers(folder)
+            remove_leftovers(folder / "resume")
             _write_config(config, start.model_config, folder / "config.yaml")
-            if data.tokenizer is not None:
-                save_tokenizer(data.tokenizer, folder)
+            if job.data.tokenizer is not None:
+                save_tokenizer(job.data.tokenizer, folder)
         m = start.model_config
         log.start(
             config.to_flat() | dataclasses.asdict(m),
             f"{m.vocab_size} ctx{plan.ctx_len} L{m.n_layer} D{m.n_embd}",
-            step=progress.step,
-            epoch=progress.epoch,
+            step=start.progress.step,
+            epoch=start.progress.epoch,
         )
         try:
-            for note in notes:
+            for note in job.notes:
                 log.line(note)
-            log.table(_table(config, plan, start, data, f"wkv7 {choice.backend} ({choice.reason})"))
+            log.table(_table(config, job))
             stopped = fit(
-                fabric, state, recipe, plan, schedule, config.optimizer, config.output, log
+                fabric, state, recipe, plan, job.schedule, config.optimizer, config.output, log
             )
         finally:
             log.close()
-            if fabric.is_global_zero:
-                from rwkvtune.training.report import draw_loss_curve  # matplotlib, half a second
+        if is_zero:
+            from rwkvtune.training.report import draw_loss_curve  # matplotlib, half a second
 
-                draw_loss_curve(folder / "metrics.csv", folder / "loss_curve.png")
-    exit_code = stopped.exit_code if stopped else 0
-    if not stopped and fabric.is_global_zero:
+            draw_loss_curve(folder / "metrics.csv", folder / "loss_curve.png")
+    if stopped is None and is_zero:
         print(f"done: {folder / 'rwkv-final.pth'}, loss curve in {folder / 'loss_curve.png'}")
-    finish(fabric, exit_code)
-    return RunResult(exit_code, progress.step, progress.seconds, progress.tokens, recipe.measured)
+    return stopped.exit_code if stopped else 0, recipe.measured
+
+
+def _build_state(
+    config: TrainConfig, job: _Job, fabric: Any, recipe: LanguageModelRecipe
+) -> RunState:
+    """Model and optimizer on their devices, as the starting point has them."""
+    start, o = job.start, config.optimizer
+    torch.manual_seed(config.output.random_seed)
+    model = build_model(start.model_config, seed=config.output.random_seed)
+    model.grad_cp = config.device.grad_cp
+    model.backend = config.device.kernel
+    saved = None if start.resume_state is None else read_state(start.resume_state)
+    if saved is not None:
+        fill_model(model, saved.model, str(saved.folder))
+    elif start.weights is not None:
+        fill_model(model, start.weights, start.source)
+    wrapped = fabric.setup_module(model)  # before the optimizer: sharding makes new parameters
+    optimizer = build_optimizer(
+        unwrapped(wrapped).named_parameters(),
+        lr_init=config.schedule.lr_init,
+        betas=(o.beta1, o.beta2),
+        eps=o.adam_eps,
+        weight_decay=o.weight_decay,
+        layerwise_lr=o.layerwise_lr,
+        # torch's fused kernel would unscale fp16 gradients by itself, after they were clipped.
+        fused=False if config.device.precision == "fp16" else "auto",
+    )
+    state = RunState(
+        wrapped,
+        fabric.setup_optimizers(optimizer),
+        recipe,
+        start.progress,
+        job.settings,
+        fabric.strategy.precision,
+    )
+    if saved is not None:
+        state.restore(saved)
+    return state
 
 
 @dataclass(frozen=True)
@@ -242,15 +322,21 @@ class _Data:
     validation: BinIdx | None
     tokenizer: Tokenizer | None
 
-    def check_ids(self, vocab_size: int) -> None:
-        """UserError for an id that the model has no row for."""
-        for tokens in (self.train, self.validation):
-            if tokens is not None:
-                tokens.check_ids(vocab_size)
+    def check(self, vocab_size: int) -> None:
+        """UserError for an id that the model has no row for, and for validation data that nothing
+        could be measured on."""
+        self.train.check_ids(vocab_size)
+        if self.validation is None:
+            return
+        if len(self.validation) < 2:
+            raise UserError(f"{self.validation.bin_path}: one token is too little to validate on")
+        if self.tokenizer is not None:  # it tells the bytes of each token
+            vocab_size = min(vocab_size, self.tokenizer.vocab_size)
+        self.validation.check_ids(vocab_size)
 
     @property
     def fingerprint(self) -> str:
-        """Tells other data under the same name: length, and a checksum over the first and last megabyte."""
+        """Tells other data under the same name: length, and a checksum over both ends."""
         tokens, part = self.train.tokens, 2**19
         crc = zlib.crc32(tokens[:part].tobytes(), zlib.crc32(tokens[-part:].tobytes()))
         return f"{len(tokens)} tokens, crc32 {crc:08x}"
@@ -272,6 +358,23 @@ def _open_data(config: TrainConfig) -> _Data:
     dataset = LMDataset(train.tokens, order, d.ctx_len, d.reset_at_documents)
     tokenizer = load_tokenizer(d.tokenizer) if d.tokenizer else find_tokenizer(train.prefix)
     return _Data(dataset, train, validation, tokenizer)
+
+
+def _check_sampling(
+    config: TrainConfig, tokenizer: Tokenizer | None, vocab_size: int, notes: list[str]
+) -> None:
+    """UserError when the samples that are asked for could not be made later."""
+    if not config.output.sample_every:
+        return
+    if tokenizer is None:
+        notes.append("no samples: the data has no tokenizer beside it, and --tokenizer names none")
+        return
+    ids = tokenizer.encode(config.output.sample_prompt)
+    if max(ids, default=0) >= vocab_size:
+        raise UserError(
+            f"sample_prompt has the id {max(ids)} with the tokenizer {tokenizer.name}, the model "
+            f"knows 0 to {vocab_size - 1}: give the tokenizer that the data was made with"
+        )
 
 
 def _settings(config: TrainConfig, plan: Plan, model: RWKV7Config, data: _Data) -> dict[str, Any]:
@@ -307,10 +410,9 @@ def _schedule(config: TrainConfig, plan: Plan, *, restart_step: int) -> Schedule
     )
 
 
-def _table(
-    config: TrainConfig, plan: Plan, start: StartingPoint, data: _Data, kernel: str
-) -> list[tuple[str, str]]:
+def _table(config: TrainConfig, job: _Job) -> list[tuple[str, str]]:
     """What the run prints at its start."""
+    plan, start, data = job.plan, job.start, job.data
     m, d = start.model_config, config.device
     passes = plan.total_steps * plan.global_bsz / data.dataset.order.num_slots
     memory = memory_estimate(m, config) / 1e9
@@ -318,7 +420,8 @@ def _table(
     return [
         (
             "model",
-            f"{m.version} L{m.n_layer} D{m.n_embd} V{m.vocab_size}, {m.num_heads} heads of {m.head_size}",
+            f"{m.version} L{m.n_layer} D{m.n_embd} V{m.vocab_size}, {m.num_heads} heads of "
+            f"{m.head_size}",
         ),
         ("parameters", f"{m.num_parameters:,}"),
         ("start", start.source),
@@ -326,16 +429,17 @@ def _table(
         ("validation", validation),
         (
             "tokens per step",
-            f"{plan.tokens_per_step:,} = {plan.world_size} device(s) x micro_bsz {plan.micro_bsz} x "
-            f"{plan.accumulate} accumulated x ctx_len {plan.ctx_len}",
+            f"{plan.tokens_per_step:,} = {plan.world_size} device(s) x micro_bsz {plan.micro_bsz} "
+            f"x {plan.accumulate} accumulated x ctx_len {plan.ctx_len}",
         ),
         (
             "steps",
-            f"{plan.total_steps:,}, {plan.epoch_steps:,} per mini-epoch, from {start.progress.step:,}",
+            f"{plan.total_steps:,}, {plan.epoch_steps:,} per mini-epoch, from "
+            f"{start.progress.step:,}",
         ),
         ("passes over data", f"{passes:.2f}"),
-        ("memory", f"about {memory:.2f} GB per device (estimate)"),
-        ("kernel", kernel),
+        ("memory", f"about {memory:.2g} GB per device (estimate)"),
+        ("kernel", f"wkv7 {job.kernel.backend} ({job.kernel.reason})"),
         ("precision", f"{d.precision}, {torch.get_num_threads()} CPU threads"),
         ("run folder", config.output.proj_dir),
     ]

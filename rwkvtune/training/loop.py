@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ class Recipe(Protocol):
     def loss(
         self, model: nn.Module, batch: Batch, carry: Any
     ) -> tuple[Tensor, int, Any, dict[str, float]]:
-        """(sum of losses over the targets, number of targets, detached state for the next micro-batch, metrics)."""
+        """(sum of losses over the targets, number of targets, detached state for the next
+        micro-batch, metrics)."""
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Columns val_* of the log; empty when there is no validation data."""
@@ -69,17 +71,21 @@ def fit(
 ) -> Stopped | None:
     """Train from state.progress to plan.total_steps; returns None there, or why it stopped early.
 
-    Every step: fetch, loss, backward, clip, check, move, log, save. The loss is a sum; it is divided by the number
-    of targets of all micro-batches and ranks, so neither accumulation nor padding changes what a step means.
+    Every step: fetch, loss, backward, clip, check, move, log, save. The loss is a sum; it is
+    divided by the number of targets of all micro-batches and ranks, so neither accumulation nor
+    padding changes what a step means.
     UserError when loss or gradient norm is not finite, before the optimizer has moved.
     """
     model, optimizer, progress = state.model, state.optimizer, state.progress
     folder = Path(output.proj_dir)
-    first_epoch = progress.epoch
+    first_epoch = progress.restart_step // plan.epoch_steps
     trained = [p for p in model.parameters() if p.requires_grad]
     model.train()
     if progress.step == 0:
-        _save(fabric, state, folder, output, "rwkv-init.pth")
+        # Here the state comes first: a run killed between the two would else go on from initial
+        # weights that --save_dtype has rounded.
+        _save_state(fabric, state, folder, output)
+        _save_weights(fabric, state, folder, output, "rwkv-init.pth")
     with StopRequest() as stop:
         batches = recipe.batches(progress)
         while progress.step < plan.total_steps:
@@ -106,9 +112,10 @@ def fit(
             loss /= max(targets, 1)
             if not (math.isfinite(loss) and (math.isfinite(norm) or _scales_its_loss(fabric))):
                 raise UserError(
-                    f"step {progress.step}: the loss is {loss} and the gradient norm {norm}, so the optimizer was "
-                    f"not moved and nothing was saved after it; the newest good state is in {folder / 'resume'}. "
-                    "A lower lr_init, a longer warmup or another random_seed may help"
+                    f"step {progress.step + 1}: the loss is {loss} and the gradient norm {norm}, "
+                    "so the optimizer was not moved and nothing was saved; the newest good state "
+                    f"is in {folder / 'resume'}. A lower lr_init or a longer warmup, in another "
+                    "proj_dir, may help"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -121,8 +128,8 @@ def fit(
             progress.epoch_loss_steps += 1
             is_over = progress.step == plan.total_steps
             ends_epoch = progress.step % plan.epoch_steps == 0
-            if _is_due(
-                progress.step, output.val_every, is_over or (ends_epoch and not output.val_every)
+            if _is_due(progress.step, output.val_every) or (
+                is_over or (ends_epoch and not output.val_every)
             ):
                 measured = recipe.validate(model)
                 if measured:
@@ -140,45 +147,43 @@ def fit(
                     "seconds": progress.seconds,
                 }
             )
-            if _is_due(progress.step, output.sample_every, False):
+            if _is_due(progress.step, output.sample_every):
                 text = recipe.sample(model, progress.step)
                 if text is not None:
                     log.sample(text, progress.step)
+            weights_name = None
             if ends_epoch:
                 epoch = progress.epoch
                 mean_loss = progress.epoch_loss / progress.epoch_loss_steps
                 log.epoch(epoch, mean_loss, lr, epoch - first_epoch)
                 progress.epoch += 1
                 progress.epoch_loss, progress.epoch_loss_steps = 0.0, 0
+                # As upstream: every so many epochs from the first on, and the last one always.
+                if is_over or _is_due(epoch - first_epoch, output.epoch_save):
+                    weights_name = f"rwkv-{epoch}.pth"
+            if weights_name is not None:
+                _save_weights(fabric, state, folder, output, weights_name)
             if is_over:
-                if ends_epoch:
-                    _save_weights(fabric, state, folder, output, f"rwkv-{progress.epoch - 1}.pth")
-                _save(fabric, state, folder, output, "rwkv-final.pth")
-            elif ends_epoch and output.epoch_save and (progress.epoch - 1) % output.epoch_save == 0:
-                _save(fabric, state, folder, output, f"rwkv-{progress.epoch - 1}.pth")
-            elif _is_due(progress.step, output.save_every, False):
-                _save(fabric, state, folder, output, None)
-            elif stop_votes:
-                saved = _save(fabric, state, folder, output, None)
-                log.line(
-                    f"stopped at step {progress.step}; saved {saved}; the same command goes on from there"
-                )
-            if stop_votes and not is_over:
+                _save_weights(fabric, state, folder, output, "rwkv-final.pth")
+            must_stop = stop_votes and not is_over
+            if (
+                (weights_name is not None or is_over or must_stop)
+                or _is_due(progress.step, output.save_every)
+            ):
+                _save_state(fabric, state, folder, output)
+            if must_stop:
+                log.line(f"stopped after step {progress.step}; the same command goes on from there")
                 return stop.answer()
     return None
 
 
-def _is_due(step: int, every: int, otherwise: bool) -> bool:
-    return otherwise or (every > 0 and step % every == 0)
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
-def _save(
-    fabric: Any, state: RunState, folder: Path, output: OutputOptions, weights_name: str | None
-) -> Path:
-    """Write the weights file first and the resume state after it: a kill in between costs the steps since the
-    state before, which then write the same weights again."""
-    if weights_name:
-        _save_weights(fabric, state, folder, output, weights_name)
+def _save_state(fabric: Any, state: RunState, folder: Path, output: OutputOptions) -> Path:
+    """Write a resume state, always after the weights of its step: a kill in between costs the steps
+    since the state before, which then write the same weights again."""
     saved = state.save(folder, write=fabric.is_global_zero)
     if fabric.is_global_zero:
         prune_resume_states(folder, output.keep_last, just_written=saved)
@@ -194,7 +199,8 @@ def _save_weights(
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
-    """The global gradient norm before clipping; scales the gradients down to `limit` where it is larger.
+    """The global gradient norm before clipping; scales the gradients down to `limit` where it is
+    larger.
 
     limit: 0 = never.  Source: RWKV-LM and torch use the coefficient min(1, limit / (norm + 1e-6)).
     """
@@ -227,13 +233,16 @@ def _over_ranks(fabric: Any, loss: Tensor, wants_to_stop: bool) -> tuple[float, 
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C ask the loop to save and stop after the present step; a second one stops at once."""
+    """SIGTERM and Ctrl-C ask the loop to save and stop after the present step; a second one stops
+    at once, as it does outside of the loop."""
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python gives signals to the main thread only
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._note)
         return self

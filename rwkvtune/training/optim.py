@@ -167,10 +167,23 @@ def load_optimizer_state(
         optimizer.state[parameter] = {
             "step": step.to(step_device, torch.float32, copy=True),
             **{
-                key: tensors[f"{key}.{name}"].to(parameter.device, parameter.dtype, copy=True)
+                key: _laid_out_like(
+                    tensors[f"{key}.{name}"].to(parameter.device, parameter.dtype, copy=True),
+                    parameter,
+                )
                 for key in STATE_KEYS[1:]
             },
         }
+
+
+def _laid_out_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, sharded over the ranks where `parameter` is."""
+    if not hasattr(parameter, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
 def _optimized(optimizer: Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:

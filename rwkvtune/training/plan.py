@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from rwkvtune.errors import UserError
@@ -12,7 +11,7 @@ from rwkvtune.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a run. A step is an optimizer step; tokens and samples are those of all ranks together."""
+    """Sizes of a run. A step is an optimizer step; tokens and samples are those of all ranks."""
 
     world_size: int
     micro_bsz: int
@@ -34,8 +33,8 @@ class Plan:
 def make_plan(config: TrainConfig, *, world_size: int, num_slots: int) -> Plan:
     """Work out steps and epochs.
 
-    num_slots: windows in one pass over the data.  Raises UserError when a pass is shorter than one step and
-    nothing says how long the run should be.
+    num_slots: windows in one pass over the data.  Raises UserError when a pass is shorter than one
+    step and nothing says how long the run should be.
     """
     s = config.schedule
     global_bsz = world_size * s.micro_bsz * s.accumulate_grad_batches
@@ -43,11 +42,12 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int) -> Plan:
     epoch_steps = s.epoch_steps or num_slots // global_bsz
     if epoch_steps == 0:
         raise UserError(
-            f"one pass over this data is {num_slots} windows of {config.data.ctx_len} tokens, less than one step of "
-            f"{global_bsz} (micro_bsz {s.micro_bsz} x accumulate_grad_batches {s.accumulate_grad_batches} x "
-            f"{world_size} devices): use a smaller batch or ctx_len, or set epoch_steps to go over it several times"
+            f"one pass over this data is {num_slots} windows of {config.data.ctx_len} tokens, less "
+            f"than one step of {global_bsz} (micro_bsz {s.micro_bsz} x accumulate_grad_batches "
+            f"{s.accumulate_grad_batches} x {world_size} devices): use a smaller batch or ctx_len, "
+            "or set epoch_steps to go over it several times"
         )
-    by_tokens = math.ceil(s.exit_tokens / tokens_per_step)
+    by_tokens = -(-s.exit_tokens // tokens_per_step)
     by_epochs = (s.epoch_count or (0 if by_tokens else 1)) * epoch_steps
     total_steps = min(n for n in (by_tokens, by_epochs) if n)
     return Plan(
@@ -60,11 +60,13 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int) -> Plan:
     )
 
 
-def memory_estimate(model: RWKV7Config, config: TrainConfig, *, world_size: int = 1) -> int:
-    """Bytes of one device while it trains, roughly: weights, gradients, Adam's moments and activations.
+def memory_estimate(model: RWKV7Config, config: TrainConfig) -> int:
+    """Bytes of one device while it trains, roughly: weights, gradients, Adam's moments and
+    activations, nothing sharded.
 
-    Counted per token and layer from what the blocks keep for their backward pass (see the fused pieces in
-    kernels/), in the compute type; with grad_cp only block inputs stay, and one block's activations at a time.
+    Counted per token and layer from what the blocks keep for their backward pass (see the fused
+    pieces in kernels/), in the compute type; with grad_cp only block inputs stay, and one block's
+    activations at a time.
     """
     size = 2 if config.device.precision in ("bf16", "fp16") else 4
     parameters = model.num_parameters

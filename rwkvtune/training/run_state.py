@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from rwkvtune.checkpoint import load_resume_state, resume_folder, save_resume_state
-from rwkvtune.errors import UserError
 from rwkvtune.training.fabric import unwrapped, whole
 from rwkvtune.training.optim import load_optimizer_state, optimizer_state_to_tensors
 
@@ -32,17 +31,54 @@ class Progress:
     """Sum of the step losses of the unfinished mini-epoch."""
     epoch_loss_steps: int = 0
     """Steps in that sum."""
+    restart_step: int = 0
+    """Where bare weights rwkv-N.pth were taken up, 0 = nowhere: warmup and epoch_save count from
+    here."""
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What a resume state holds, as read from the disk."""
+
+    folder: Path
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    rng: Tensor
+    """Of torch's generator on the CPU."""
+    recipe: dict[str, Any]
+    loss_scale: dict[str, Any]
+    """Of the fp16 scaler; empty in other precisions."""
+
+
+def read_state(folder: Path) -> SavedState:
+    """Take in a resume state that newest_resume_state has found to be whole; memory-mapped."""
+    tensors, meta = load_resume_state(folder, verify=False)
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    return SavedState(
+        folder,
+        parts["model"],
+        parts["optimizer"],
+        parts["rng"]["cpu"],
+        meta["recipe"],
+        meta["loss_scale"],
+    )
 
 
 @dataclass
 class RunState:
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
+    """As Fabric hands it out: a torch optimizer in a wrapper."""
     recipe: Any
     """Anything with state_dict() -> JSON-able dict and load_state_dict(dict)."""
     progress: Progress
     settings: dict[str, Any]
     """What must not change at resume, as JSON; see config.changes_refused."""
+    precision: Any
+    """Fabric's precision plugin: has the state of the fp16 loss scaler."""
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter by its upstream name, whole, fp32. A collective call when sharded."""
@@ -62,28 +98,18 @@ class RunState:
             "progress": dataclasses.asdict(self.progress),
             "settings": self.settings,
             "recipe": self.recipe.state_dict(),
+            "loss_scale": self.precision.state_dict(),
         }
         folder = resume_folder(run_folder, self.progress.step)
         if write:
             save_resume_state(folder, tensors, meta)
         return folder
 
-    def restore(self, folder: Path) -> None:
-        """Take everything from a resume state that newest_resume_state has found to be whole."""
-        tensors, meta = load_resume_state(folder, verify=False)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
-        model = unwrapped(self.model)
-        try:
-            model.load_state_dict(parts["model"])
-        except RuntimeError as error:
-            raise UserError(
-                f"the resume state {folder} does not fit this model: {error}"
-            ) from error
-        load_optimizer_state(self.optimizer, model, parts["optimizer"])
-        torch.set_rng_state(parts["rng"]["cpu"])
-        self.recipe.load_state_dict(meta["recipe"])
-        for name, value in meta["progress"].items():
-            setattr(self.progress, name, value)
+    def restore(self, saved: SavedState) -> None:
+        """Take up all but the weights, which the model has had since before it was sharded, and the
+        progress."""
+        load_optimizer_state(self.optimizer, unwrapped(self.model), saved.optimizer)
+        torch.set_rng_state(saved.rng)
+        self.recipe.load_state_dict(saved.recipe)
+        if saved.loss_scale:
+            self.precision.load_state_dict(saved.loss_scale)

@@ -1,4 +1,5 @@
-"""Where a run starts from: its own resume state, weights found in its folder, a given file, or nothing."""
+"""Where a run starts from: its own resume state, weights found in its folder, a given file, or
+nothing."""
 
 from __future__ import annotations
 
@@ -41,15 +42,32 @@ class StartingPoint:
     """The interrupted run's progress."""
     epochs_behind: int = 0
     """Mini-epochs that bare weights rwkv-N.pth have behind them: N + 1."""
+    problems: list[str] = field(default_factory=list)
+    """Model flags that disagree with the interrupted run."""
+    seen: tuple[str, ...] = ()
+    """What the folder held, to notice that another run has gone on in it since."""
 
 
 def find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) -> StartingPoint:
     """Look into proj_dir and at load_model; nothing is written.
 
-    The newest good resume state wins; then the highest rwkv-N.pth, which restarts the optimizer and warms up as
-    upstream does; then rwkv-init.pth; then load_model; then fresh weights.
+    The newest good resume state wins; then the highest rwkv-N.pth, which restarts the optimizer and
+    warms up as upstream does; then load_model; then rwkv-init.pth; then fresh weights.
     notes: gets a line for each thing that a reader of the run should know.
     """
+    seen = contents(Path(config.output.proj_dir))
+    start = _find(config, tokenizer, notes)
+    start.seen = seen
+    return start
+
+
+def contents(folder: Path) -> tuple[str, ...]:
+    """Names of the weights and resume states in a run folder."""
+    paths = [*folder.glob("rwkv-*.pth"), *folder.glob("resume/*")]
+    return tuple(sorted(path.name for path in paths))
+
+
+def _find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) -> StartingPoint:
     folder = Path(config.output.proj_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"proj_dir={folder} is a file; give a folder, existing or new")
@@ -58,34 +76,43 @@ def find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) -> 
         for path in folder.glob("rwkv-*.pth")
         if (m := re.fullmatch(r"rwkv-(\d+)\.pth", path.name))
     )
-    initial = folder / "rwkv-init.pth"
+    initial, final = folder / "rwkv-init.pth", folder / "rwkv-final.pth"
     state = newest_resume_state(folder, report=notes.append)
-    if config.output.resume == "never" and (state or numbered or initial.exists()):
+    holds_a_run = state or numbered or initial.exists() or final.exists()
+    if config.output.resume == "never" and holds_a_run:
         raise UserError(
-            f"{folder} already holds a run and resume=never: choose another proj_dir, or --resume auto to go on"
+            f"{folder} already holds a run and resume=never: choose another proj_dir, or "
+            "--resume auto to go on"
         )
+    given = config.model.load_model
     if state is not None:
         meta = load_resume_meta(state)
         recorded = RWKV7Config(**meta["settings"]["model"])
-        _confirm(config.model, recorded, f"the run in {folder}")
         return StartingPoint(
             recorded,
             f"resumed from {state}",
             resume_state=state,
             settings=meta["settings"],
             progress=Progress(**meta["progress"]),
+            problems=_disagreements(config.model, recorded, "the run"),
         )
     if numbered:
         number, path = numbered[-1]
         notes.append(
-            f"resume: {folder} has no resume state, so training goes on from {path.name} after mini-epoch {number}, "
-            "with a new optimizer and a new warmup"
+            f"resume: {folder} has no resume state, so training goes on from {path.name} after "
+            f"mini-epoch {number}, with a new optimizer and a new warmup"
+            + (f"; load_model={given} is not used" if given else "")
         )
         return _from_file(config.model, path, epochs_behind=number + 1)
-    if initial.exists() and not config.model.load_model:
+    if final.exists():
+        raise UserError(
+            f"{folder} holds a finished run without a resume state: to train on from its weights, "
+            f"give --load_model {final} and another proj_dir"
+        )
+    if given:
+        return _from_file(config.model, Path(given), notes=notes)
+    if initial.exists():
         return _from_file(config.model, initial)
-    if config.model.load_model:
-        return _from_file(config.model, Path(config.model.load_model), notes=notes)
     return StartingPoint(_fresh_config(config.model, tokenizer), "initial values")
 
 
@@ -101,22 +128,23 @@ def _from_file(
         )
         weights = _interpolated(weights, target, notes)
         config = target
-    _confirm(flags, config, str(path))
+    wrong = _disagreements(flags, config, "file")
+    if wrong:
+        raise UserError(
+            f"the model flags disagree with {path}: {'; '.join(wrong)}. Leave these flags out: "
+            "dimensions are read from the weights (or, with load_model, resize them by "
+            "--interpolate true)"
+        )
     return StartingPoint(config, f"weights of {path}", weights, epochs_behind=epochs_behind)
 
 
-def _confirm(flags: ModelOptions, found: RWKV7Config, source: str) -> None:
-    """Refuse flags that say something else than the weights."""
-    wrong = [
-        f"{name}: flag {getattr(flags, name)}, file {getattr(found, name)}"
+def _disagreements(flags: ModelOptions, found: RWKV7Config, source: str) -> list[str]:
+    """Dimensions for which flags say something else than the weights."""
+    return [
+        f"{name}: flag {getattr(flags, name)}, {source} {getattr(found, name)}"
         for name in DIMENSIONS
         if getattr(flags, name) not in (None, getattr(found, name))
     ]
-    if wrong:
-        raise UserError(
-            f"the model flags disagree with {source}: {'; '.join(wrong)}. Leave these flags out: "
-            "dimensions are read from the weights (or, with load_model, resize them by --interpolate true)"
-        )
 
 
 def _fresh_config(flags: ModelOptions, tokenizer: Tokenizer | None) -> RWKV7Config:
@@ -136,8 +164,9 @@ def _interpolated(
 ) -> dict[str, Tensor]:
     """Every tensor of a file resized to a model of other dimensions.
 
-    As upstream's stage 1: along the first axis, position i of n takes the value at i * (rows / n), linear between
-    two rows.  UserError for a tensor that has no place there, or differs in its other axes.
+    As upstream's stage 1: along the first axis, position i of n takes the value at i * (rows / n),
+    linear between two rows.  UserError for a tensor that has no place there, or differs in its
+    other axes.
     """
     from rwkvtune.models.rwkv7.model import RWKV7
 
@@ -146,7 +175,8 @@ def _interpolated(
     unknown = [name for name in weights if name not in shapes]
     if unknown:
         raise UserError(
-            f"these weights hold {unknown[0]}, which the wanted model (n_layer {target.n_layer}) does not have"
+            f"these weights hold {unknown[0]}, which the wanted model (n_layer {target.n_layer}) "
+            "does not have"
         )
     result = {}
     for name, tensor in weights.items():
@@ -157,7 +187,8 @@ def _interpolated(
         source, wanted = tensor.squeeze().float(), torch.empty(shape, device="meta").squeeze()
         if source.shape[1:] != wanted.shape[1:]:
             raise UserError(
-                f"cannot resize {name} from {list(tensor.shape)} to {list(shape)}: only its first axis may differ"
+                f"cannot resize {name} from {list(tensor.shape)} to {list(shape)}: only its first "
+                "axis may differ"
             )
         rows, n = source.shape[0], wanted.shape[0]
         position = (torch.arange(n) * (rows / n)).clamp_max(rows - 1)

@@ -142,8 +142,15 @@ def test_a_resume_state_goes_before_all_weights_and_its_dimensions_are_confirmed
     start, _ = find_start(tmp_path, load_model=str(file))
     assert start.resume_state == state and start.weights is None
     assert (start.progress.step, start.progress.tokens, start.model_config) == (7, 700, CONFIG)
-    with pytest.raises(UserError, match="disagree with the run in .*n_embd: flag 128, file 64"):
-        find_start(tmp_path, n_embd=128)
+    assert find_start(tmp_path, n_embd=64)[0].problems == []
+    assert find_start(tmp_path, n_embd=128)[0].problems == ["n_embd: flag 128, the run 64"]
+
+
+def test_final_weights_without_a_resume_state_are_not_trained_over(tmp_path: Path) -> None:
+    for name in ("rwkv-init.pth", "rwkv-final.pth"):
+        save_weights(tmp_path / name, weights_of(CONFIG))
+    with pytest.raises(UserError, match=r"finished run .*--load_model .*rwkv-final\.pth"):
+        find_start(tmp_path)
 
 
 def test_a_file_in_the_place_of_the_run_folder_is_refused(tmp_path: Path, file: Path) -> None:
