@@ -447,6 +447,8 @@ def test_the_first_blocks_unused_parameters_get_no_gradient_and_all_others_do() 
     model(random_ids(2, 16))[0].square().sum().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert sorted(without) == [f"blocks.0.att.v{i}" for i in range(3)]
+    # Wrappers for several devices wait for a gradient of each parameter that asks for one.
+    assert not any(model.get_parameter(n).requires_grad for n in without)
 
 
 def loss_and_gradients(

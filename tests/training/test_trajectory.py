@@ -64,7 +64,9 @@ def test_twelve_steps_give_the_original_programs_losses_norms_and_weights(golden
 
     final_loss = file["fp64"]["eval_loss_on_step0_batch_after"]
     assert float(mean_loss(0).detach()) == pytest.approx(final_loss, abs=1e-5)
+    # Ours are within 6e-8 of these; w0 at 2.1 times the learning rate would be 7e-6 off.
     for name, wanted in file["fp64"]["final_params"].items():
-        assert float(model.get_parameter(name).detach().norm()) == pytest.approx(
-            wanted["norm"], rel=1e-4
-        ), name
+        weight = model.get_parameter(name).detach().double()
+        assert float(weight.norm()) == pytest.approx(wanted["norm"], rel=1e-6), name
+        scale = float(weight.abs().sum())
+        assert float(weight.sum()) == pytest.approx(wanted["sum"], abs=1e-6 * scale), name

@@ -142,15 +142,16 @@ def test_bf16_hidden_with_fp32_master_weight_gives_an_fp32_weight_gradient() -> 
 
 
 def test_of_equal_largest_logits_the_first_is_pulled() -> None:
-    hidden = torch.zeros(1, 2, 6)
+    hidden = torch.zeros(1, 3, 6)
     hidden[0, 0] = torch.tensor([0.0, 3.0, 1.0, 3.0, 3.0, -1.0])
     hidden[0, 1] = 2.0
-    targets = torch.tensor([[5, 0]])
+    hidden[0, 2] = torch.tensor([-3.0, -4.0, -2.0, -5.0, -2.0, -3.0])
+    targets = torch.tensor([[5, 0, 1]])
     plain = loss_and_gradients(head_cross_entropy, hidden, torch.eye(6), targets, l2wrap=0.0)
     pulled = loss_and_gradients(head_cross_entropy, hidden, torch.eye(6), targets, l2wrap=0.5)
     assert torch.equal(plain[0], pulled[0]), "L2Wrap is in the gradient only"
-    wanted = torch.zeros(1, 2, 6)
-    wanted[0, 0, 1], wanted[0, 1, 0] = 0.5 * 3.0, 0.5 * 2.0
+    wanted = torch.zeros(1, 3, 6)
+    wanted[0, 0, 1], wanted[0, 1, 0], wanted[0, 2, 2] = 0.5 * 3.0, 0.5 * 2.0, 0.5 * -2.0
     assert (pulled[1] - plain[1] - wanted).abs().max() < 1e-6
 
 
