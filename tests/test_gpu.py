@@ -1,0 +1,98 @@
+"""What `make gpu-check` runs first: the same witnesses as on the CPU, on a CUDA device."""
+
+from __future__ import annotations
+
+import csv
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rwkvtune.data.text import build_from_text
+from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
+from rwkvtune.kernels.wkv7 import wkv7
+from rwkvtune.models import build_model, config_from_state_dict
+from rwkvtune.training.config import TrainConfig
+from rwkvtune.training.lm import train_language_model
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-3), (torch.float16, 4e-3)]
+)
+def test_wkv7_on_the_gpu_follows_the_golden_fp64_run(
+    golden: Path, dtype: torch.dtype, tolerance: float
+) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    content = load_file(golden / "wkv7-ops.safetensors")
+    given = [content[n].double() for n in ("r", "w_raw", "k", "v", "a", "b")]
+    exact = [x.to(dtype).double().requires_grad_() for x in given]
+    state = content["s0.state_in"]
+    dy = content["gy"].to(dtype).double()
+    r, w, k, v, a, b = exact
+    y, _ = wkv7(r, w, k, v, a, b, state.double(), backend="reference")
+    y.backward(dy)
+    ours = [x.detach().to("cuda", dtype).requires_grad_() for x in exact]
+    r, w, k, v, a, b = ours
+    found, _ = wkv7(r, w, k, v, a, b, state.float().cuda())
+    found.backward(dy.to("cuda", dtype))
+    pairs = [(found, y), *((x.grad, e.grad) for x, e in zip(ours, exact, strict=True))]
+    for tensor, truth in pairs:
+        assert tensor is not None and truth is not None
+        error = (tensor.detach().double().cpu() - truth.detach()).norm() / truth.detach().norm()
+        assert error < tolerance
+
+
+def test_the_model_on_the_gpu_has_the_golden_logits_loss_and_gradients(golden: Path) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    content = load_file(golden / "x070-small.safetensors")
+    weights = {n[2:]: w.float() for n, w in content.items() if n.startswith("w.")}
+    model = build_model(config_from_state_dict(weights))
+    model.load_state_dict(weights)
+    model.cuda()
+    ids, targets = content["idx"].cuda(), content["targets"].cuda()
+    logits, _ = model(ids)
+    assert (logits.cpu() - content["logits"]).abs().max() < 2e-5
+    loss, _ = model(ids, head=partial(head_cross_entropy, targets=targets, l2wrap=0.0))
+    (loss / ids.numel()).backward()
+    for name, parameter in model.named_parameters():
+        wanted = content.get(f"g.{name}")
+        if wanted is not None and parameter.grad is not None:
+            error = (parameter.grad.cpu() - wanted).abs().max()
+            assert error < 1e-3 * wanted.abs().max(), name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "fp16"])
+def test_a_run_on_the_gpu_learns_and_goes_on_where_it_stopped(
+    tmp_path: Path, precision: str
+) -> None:
+    text = Path(__file__).parent.parent / "rwkvtune" / "demo" / "tinyshakespeare.txt"
+    build_from_text(text, tmp_path / "text", "chars", val_share=0.1)
+
+    def run(tokens: int) -> None:
+        settings = {
+            "data_file": str(tmp_path / "text"),
+            "n_layer": 2,
+            "n_embd": 128,
+            "ctx_len": 128,
+            "exit_tokens": tokens,
+            "lr_init": 3e-3,
+            "lr_schedule": "constant",
+            "accelerator": "gpu",
+            "devices": 1,
+            "precision": precision,
+            "log_every": 1,
+            "proj_dir": str(tmp_path / "run"),
+        }
+        assert train_language_model(TrainConfig.from_flat(settings)).exit_code == 0
+
+    run(30 * 8 * 128)
+    run(60 * 8 * 128)
+    with open(tmp_path / "run" / "metrics.csv") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert len(losses) == 60
+    assert losses[0] > 4.0  # ln 66 = 4.19: nothing known
+    assert sum(losses[-5:]) / 5 < 2.6  # letter frequencies alone give 3.3
