@@ -60,7 +60,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         paths.append(folder / f"{name}.pth")
         save_weights(paths[-1], weights, dtype="bf16" if name == "bf16" else None)
-    settings = {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
+    settings = {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", READER, str(folder / "ids"), *map(str, paths)],
         env=os.environ | settings,
