@@ -442,6 +442,23 @@ def test_a_row_does_not_depend_on_the_rest_of_its_batch(small: RWKV7) -> None:
         assert difference(together[b], small(ids[b : b + 1])[0][0]) < 1e-5
 
 
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    model = noisy_model(RWKV7Config(vocab_size=31, n_layer=3, n_embd=64))
+    ids = random_ids(2, 20)
+    _, state = model(random_ids(2, 4, seed=3))
+    state = [type(s)(*(x.detach() for x in s)) for s in state]
+    reset = random_ids(2, 20, vocab_size=8, seed=4) == 0
+    gradients = []
+    for model.grad_cp in (False, True):
+        model.zero_grad()
+        logits, new_state = model(ids, state, reset=reset)
+        (logits.square().mean() + new_state[0].wkv.mean()).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
 def test_the_first_blocks_unused_parameters_get_no_gradient_and_all_others_do() -> None:
     model = noisy_model(RWKV7Config(vocab_size=31, n_layer=2, n_embd=64))
     model(random_ids(2, 16))[0].square().sum().backward()
