@@ -394,7 +394,8 @@ class _Wkv7(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, reset, kept = ctx.saved_tensors[:6], ctx.saved_tensors[6], ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors  # once: with recomputation, each look computes them again
+        inputs, reset, kept = saved[:6], saved[6], saved[7:]
         of_slabs = list(zip(kept[::3], kept[1::3], kept[2::3], strict=True))
         gradients = tuple(
             torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs
