@@ -15,14 +15,12 @@ if TYPE_CHECKING:
 
 
 def load_model(path: str | Path, *, device: str | torch.device = "cpu") -> RWKV7:
-    """The model of a .pth or .safetensors file: its dimensions from the tensors, fp32, in eval
-    mode.
+    """The model of a weights file: dimensions from the tensors, fp32, in eval mode.
 
+    path: a .pth or .safetensors file.
     UserError when the file is no x070 model or lacks a tensor.
     """
     weights = load_weights(path)
-    with torch.device("meta"):  # no time for initial values that are overwritten at once
-        model = build_model(config_from_state_dict(weights))
-    model.to_empty(device=device)
+    model = build_model(config_from_state_dict(weights), initial_values=False)
     fill_model(model, weights, str(path))
-    return model.eval()
+    return model.to(device).eval()

@@ -22,20 +22,21 @@ if TYPE_CHECKING:
 __all__ = ["RWKV7Config", "build_model", "config_from_state_dict", "detect_version", "fill_model"]
 
 
-def build_model(config: RWKV7Config, *, seed: int | None = None) -> RWKV7:
+def build_model(
+    config: RWKV7Config, *, seed: int | None = None, initial_values: bool = True
+) -> RWKV7:
     """A model with its published initial values, fp32, on the current default device.
 
     seed: makes the random initial values repeatable without touching torch's global generator;
     None draws from that generator.
+    initial_values: False leaves all values unset, for weights that will be loaded over them.
     """
     import torch
 
     from rwkvtune.models.rwkv7.model import RWKV7
 
-    # Torch's layers fill themselves first, from its global generator.
-    with torch.random.fork_rng(devices=[]):
-        model = RWKV7(config)
-    if model.emb.weight.device.type != "meta":
+    model = RWKV7(config)
+    if initial_values:
         model.init_weights(None if seed is None else torch.Generator().manual_seed(seed))
     return model
 

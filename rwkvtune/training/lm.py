@@ -283,7 +283,11 @@ def _build_state(
     """Model and optimizer on their devices, as the starting point has them."""
     start, o = job.start, config.optimizer
     torch.manual_seed(config.output.random_seed)
-    model = build_model(start.model_config, seed=config.output.random_seed)
+    model = build_model(
+        start.model_config,
+        seed=config.output.random_seed,
+        initial_values=start.weights is None and start.resume_state is None,
+    )
     model.grad_cp = config.device.grad_cp
     model.backend = config.device.kernel
     saved = None if start.resume_state is None else read_state(start.resume_state)

@@ -158,7 +158,10 @@ class Block(nn.Module):
 
 
 class RWKV7(nn.Module):
-    """logits, state = model(input_ids, state)."""
+    """logits, state = model(input_ids, state)
+
+    A new one holds no values yet: call init_weights or load_state_dict.
+    """
 
     def __init__(self, config: RWKV7Config) -> None:
         super().__init__()
@@ -167,7 +170,8 @@ class RWKV7(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.backend = "auto"
         """Which wkv7 kernel runs; see rwkvtune.kernels.dispatch."""
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        V, C = config.vocab_size, config.n_embd
+        self.emb = nn.Embedding(V, C, _weight=torch.empty(V, C))  # no time for torch's own values
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_out = LayerNorm(config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size)
