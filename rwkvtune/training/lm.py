@@ -286,7 +286,8 @@ def _build_state(
     model = build_model(
         start.model_config,
         seed=config.output.random_seed,
-        initial_values=start.weights is None and start.resume_state is None,
+        initial_values=start.resume_state is None
+        and (start.weights is None or config.model.interpolate),
     )
     model.grad_cp = config.device.grad_cp
     model.backend = config.device.kernel
@@ -294,7 +295,8 @@ def _build_state(
     if saved is not None:
         fill_model(model, saved.model, str(saved.folder))
     elif start.weights is not None:
-        fill_model(model, start.weights, start.source)
+        missing_ones = model.state_dict() if config.model.interpolate else {}
+        fill_model(model, missing_ones | start.weights, start.source)
     wrapped = fabric.setup_module(model)  # before the optimizer: sharding makes new parameters
     optimizer = build_optimizer(
         unwrapped(wrapped).named_parameters(),

@@ -81,12 +81,12 @@ def fit(
     first_epoch = progress.restart_step // plan.epoch_steps
     trained = [p for p in model.parameters() if p.requires_grad]
     model.train()
-    if progress.step == 0:
-        # Here the state comes first: a run killed between the two would else go on from initial
-        # weights that --save_dtype has rounded.
-        _save_state(fabric, state, folder, output)
-        _save_weights(fabric, state, folder, output, "rwkv-init.pth")
     with StopRequest() as stop:
+        if progress.step == 0:
+            # Here the state comes first: a run killed between the two would else go on from initial
+            # weights that --save_dtype has rounded.
+            _save_state(fabric, state, folder, output)
+            _save_weights(fabric, state, folder, output, "rwkv-init.pth")
         batches = recipe.batches(progress)
         while progress.step < plan.total_steps:
             begin = time.perf_counter()

@@ -162,7 +162,8 @@ def _fresh_config(flags: ModelOptions, tokenizer: Tokenizer | None) -> RWKV7Conf
 def _interpolated(
     weights: Mapping[str, Tensor], target: RWKV7Config, notes: list[str]
 ) -> dict[str, Tensor]:
-    """Every tensor of a file resized to a model of other dimensions.
+    """Every tensor of a file resized to a model of other dimensions; what the file lacks keeps its
+    initial values.
 
     As upstream's stage 1: along the first axis, position i of n takes the value at i * (rows / n),
     linear between two rows.  UserError for a tensor that has no place there, or differs in its
@@ -178,6 +179,8 @@ def _interpolated(
             f"these weights hold {unknown[0]}, which the wanted model (n_layer {target.n_layer}) "
             "does not have"
         )
+    lacking = [name for name in shapes if name not in weights]
+    notes += [f"initial values for {name}: not in the file" for name in lacking]
     result = {}
     for name, tensor in weights.items():
         shape = shapes[name]
