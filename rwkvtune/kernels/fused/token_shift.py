@@ -62,14 +62,14 @@ class _TokenShiftMix(torch.autograd.Function):
         if reset is not None:
             dprev.masked_fill_(reset[:, :, None], 0)
         dz[:, :-1].add_(dprev[:, 1:])
-        dmix = torch.stack([column_dot(g, d) for g in grads])
+        dmix = torch.stack([column_sum(g * d) for g in grads])
         dbefore = dprev[:, 0] if ctx.has_before else None
         return dz, dmix, dbefore, None
 
 
-def column_dot(x: Tensor, y: Tensor) -> Tensor:
-    """Sum over all tokens of x * y, per channel, in fp32: [B, T, C] twice -> [C]."""
-    return (x * y).flatten(0, 1).sum(0, dtype=torch.float32)
+def column_sum(x: Tensor) -> Tensor:
+    """Sum over all tokens, in fp32 at least: [B, T, ...] -> [...]."""
+    return x.flatten(0, 1).sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def token_shift_mix(

@@ -30,8 +30,8 @@ def wkv7(
         S_t = S_{t-1} · diag(decay_t) + (S_{t-1} a_t) b_tᵀ + v_t k_tᵀ
         y_t = S_t r_t            decay_t = exp(-exp(-0.5) sigmoid(w_t)), in (0.545, 1): 1/W is safe
 
-    r, w, k, v, a, b: [B, T, H, N], any T >= 1, one dtype (fp32, bf16 or fp16; fp64 for checks); w raw,
-        before the clamp; a = -kk and b = kk * gate in the terms of the model.
+    r, w, k, v, a, b: [B, T, H, N], any T >= 1, one dtype (fp32, bf16 or fp16; fp64 for checks);
+        w raw, before the clamp; a = -kk and b = kk * gate in the terms of the model.
     state: [B, H, N, N] fp32 (fp64 with fp64 inputs), rows indexed by v, columns by k;
         zeros when None.
     reset: [B, T] bool, True where a document starts: the state is zero before that token.
@@ -72,7 +72,9 @@ def _check(inputs: dict[str, Tensor], state: Tensor | None, reset: Tensor | None
     if r.dim() != 4 or 0 in r.shape:
         raise UserError(f"wkv7: r must be [B, T, H, N] without empty sides; got {tuple(r.shape)}.")
     if r.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise UserError(f"wkv7: inputs must be float32, bfloat16, float16 or float64; got {r.dtype} for r.")
+        raise UserError(
+            f"wkv7: inputs must be float32, bfloat16, float16 or float64; got {r.dtype} for r."
+        )
     for name, x in inputs.items():
         if x.shape != r.shape or x.dtype != r.dtype or x.device != r.device:
             raise UserError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkvtune.errors import UserError
+from rwkvtune.kernels.fused.time_mix import norm_bonus_gate, prepare_keys, squared_relu
 from rwkvtune.kernels.fused.token_shift import token_shift_mix
 from rwkvtune.kernels.wkv7 import wkv7
 from rwkvtune.models.layers import (
@@ -91,30 +92,30 @@ class TimeMix(nn.Module):
         r = self.receptance(xr)
         k = self.key(xk)
         v = self.value(xv)
-        w = self.w0.to(dtype) + torch.tanh(xw @ self.w1.to(dtype)) @ self.w2.to(
-            dtype
-        )  # raw: the kernel bounds the decay
-        a = torch.sigmoid(self.a0.to(dtype) + xa @ self.a1.to(dtype) @ self.a2.to(dtype))
+        # Raw: the kernel bounds the decay, and prepare_keys the in-context learning rate.
+        w = F.linear(
+            torch.tanh(xw @ self.w1.to(dtype)), self.w2.T.to(dtype), self.w0.to(dtype).view(C)
+        )
+        a_logit = F.linear(xa @ self.a1.to(dtype), self.a2.T.to(dtype), self.a0.to(dtype).view(C))
         g = torch.sigmoid(xg @ self.g1.to(dtype)) @ self.g2.to(dtype)
         if v_first is None:
             v_first = v
         else:
-            gate = torch.sigmoid(self.v0.to(dtype) + xv @ self.v1.to(dtype) @ self.v2.to(dtype))
-            v = v + (v_first - v) * gate
+            gate = F.linear(xv @ self.v1.to(dtype), self.v2.T.to(dtype), self.v0.to(dtype).view(C))
+            v = torch.lerp(v, v_first, torch.sigmoid(gate))
+        k, removal, insertion = prepare_keys(k, a_logit, self.k_k.view(C), self.k_a.view(C), N)
 
-        kk = F.normalize((k * self.k_k.to(dtype)).view(B, T, H, N), dim=-1, p=2.0, eps=1e-12)
-        k = k * (1 + (a - 1) * self.k_a.to(dtype))
-
-        r, w, k, v4, a = (z.view(B, T, H, N) for z in (r, w, k, v, a))
+        r, w, k, v, removal, insertion = (
+            z.view(B, T, H, N) for z in (r, w, k, v, removal, insertion)
+        )
+        before_state = None if state is None else state.wkv
         y, wkv_state = wkv7(
-            r, w, k, v4, -kk, kk * a, None if state is None else state.wkv,
-            reset=reset, backend=backend,
-        )  # fmt: skip
-        y = F.layer_norm(y, (N,), eps=GROUP_NORM_EPS).view(B, T, C).to(dtype)  # sums in fp32
-        y = torch.addcmul(self.ln_x.bias.to(dtype), y, self.ln_x.weight.to(dtype))
-        bonus = (r * k * self.r_k.to(dtype)).sum(dim=-1, keepdim=True) * v4
-        y = y + bonus.view(B, T, C)
-        return self.output(y * g), v_first, wkv_state
+            r, w, k, v, removal, insertion, before_state, reset=reset, backend=backend
+        )
+        y = norm_bonus_gate(
+            y, r, k, v, g, self.r_k, self.ln_x.weight, self.ln_x.bias, GROUP_NORM_EPS
+        )
+        return self.output(y), v_first, wkv_state
 
 
 class ChannelMix(nn.Module):
@@ -126,7 +127,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, before: Tensor | None, reset: Tensor | None) -> Tensor:
         (xk,) = token_shift_mix(x, self.x_k.view(1, -1), before, reset)
-        mixed: Tensor = self.value(torch.relu(self.key(xk)).square())
+        mixed: Tensor = self.value(squared_relu(self.key(xk)))
         return mixed
 
 

@@ -1,0 +1,197 @@
+"""The small tensors around the x070 recurrence: its keys before it, norm, bonus and gate after it.
+
+Each token passes through about twenty elementwise operations per block. Autograd keeps most of
+their results and reads them once more each; the functions here keep only their inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rwkvtune.kernels.fused.token_shift import column_sum
+
+SMALLEST_NORM = 1e-12
+"""Divisor of a key whose norm is smaller (torch's normalize)."""
+
+
+def prepare_keys_reference(
+    k: Tensor, a_logit: Tensor, k_k: Tensor, k_a: Tensor, head_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formulas of `prepare_keys`, for autograd."""
+    B, T, C = k.shape
+    a = torch.sigmoid(a_logit)
+    heads = (k * k_k.to(k.dtype)).view(B, T, -1, head_size)
+    kk = F.normalize(heads, dim=-1, p=2.0, eps=SMALLEST_NORM).view(B, T, C)
+    return k * (1 + (a - 1) * k_a.to(k.dtype)), -kk, kk * a
+
+
+class _PrepareKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, k: Tensor, a_logit: Tensor, k_k: Tensor, k_a: Tensor, head_size: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        B, T, C = k.shape
+        k_k, k_a = k_k.to(k.dtype), k_a.to(k.dtype)
+        a = torch.sigmoid(a_logit)
+        removal = k * k_k  # becomes -kk
+        heads = removal.view(B, T, -1, head_size)
+        norm = torch.linalg.vector_norm(heads, dim=-1, keepdim=True).clamp_min_(SMALLEST_NORM)
+        heads.mul_(norm.reciprocal_().neg_())  # norm holds -1/|k k_k| from here on
+        new_k = torch.addcmul(k, (a - 1).mul_(k_a), k)
+        insertion = (removal * a).neg_()  # kk * a
+        ctx.save_for_backward(k, a, removal, norm, k_k, k_a)
+        ctx.head_size = head_size
+        return new_k, removal, insertion
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        k, a, removal, norm, k_k, k_a = ctx.saved_tensors
+        dk_new, dremoval, dinsertion = grads
+        B, T, C = k.shape
+        shape = (B, T, -1, ctx.head_size)
+        # With n = -kk (removal): insertion = -n a, new_k = k + k (a - 1) k_a.
+        dn = torch.addcmul(dremoval, dinsertion, a, value=-1)
+        a_minus_1 = a - 1
+        dk_scaled = dk_new * k
+        da = torch.addcmul(dk_scaled * k_a, dinsertion, removal, value=-1)
+        dk_a = column_sum(dk_scaled * a_minus_1)
+        dk = torch.addcmul(dk_new, a_minus_1 * k_a, dk_new)
+        da.mul_(a).mul_(a_minus_1).neg_()  # sigmoid' = a (1 - a)
+        # n = -u / |u|, u = k k_k: du = -(dn - n (n . dn)) / |u|
+        along = (dn * removal).view(shape).sum(-1, keepdim=True)
+        du = torch.addcmul(dn.view(shape), removal.view(shape), along, value=-1)
+        du = du.mul_(norm).view(B, T, C)
+        dk.addcmul_(du, k_k)
+        return dk, da, column_sum(du * k), dk_a, None
+
+
+def prepare_keys(
+    k: Tensor, a_logit: Tensor, k_k: Tensor, k_a: Tensor, head_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys as the x070 recurrence takes them.
+
+        a = sigmoid(a_logit)    kk = k k_k / |k k_k| per head    new_k = k (1 + (a - 1) k_a)
+
+    k, a_logit: [B, T, C], fp32 or bf16.  k_k, k_a: [C], any float type.
+    Returns new_k, -kk and kk * a, each [B, T, C] in k's type: the recurrence's k, a and b.
+    Source: RWKV-7 "Goose", arXiv:2503.14456; the norm's smallest divisor is torch's.
+    """
+    with torch.autocast(k.device.type, enabled=False):
+        keys = _PrepareKeys.apply(k, a_logit, k_k, k_a, head_size)
+    return cast("tuple[Tensor, Tensor, Tensor]", keys)
+
+
+def norm_bonus_gate_reference(
+    y: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    r_k: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """The formulas of `norm_bonus_gate`, for autograd."""
+    B, T, H, N = y.shape
+    dtype = y.dtype
+    normed = F.layer_norm(y, (N,), eps=eps).view(B, T, H * N)
+    normed = normed * weight.to(dtype) + bias.to(dtype)
+    bonus = (r * k * r_k.to(dtype)).sum(dim=-1, keepdim=True) * v
+    return (normed + bonus.reshape(B, T, H * N)) * g
+
+
+class _NormBonusGate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        r: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        r_k: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+    ) -> Tensor:
+        B, T, H, N = y.shape
+        C, dtype = H * N, y.dtype
+        r_k, weight, bias = r_k.to(dtype), weight.to(dtype), bias.to(dtype)
+        normed, mean, rstd = torch.native_layer_norm(y, (N,), None, None, eps)
+        alike = (r * k).mul_(r_k).sum(dim=-1, keepdim=True)  # [B,T,H,1]
+        before_gate = torch.addcmul(bias, normed.view(B, T, C), weight)
+        before_gate.view(B, T, H, N).addcmul_(alike, v)
+        ctx.save_for_backward(y, mean, rstd, normed, r, k, v, g, r_k, weight, alike, before_gate)
+        return before_gate * g
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        y, mean, rstd, normed, r, k, v, g, r_k, weight, alike, before_gate = ctx.saved_tensors
+        B, T, H, N = y.shape
+        dg = dout * before_gate
+        dbefore = dout * g  # [B,T,C]
+        dbias = column_sum(dbefore)
+        dweight = column_sum(dbefore * normed.view_as(dbefore))
+        heads = dbefore.view(B, T, H, N)
+        dalike = (heads * v).sum(dim=-1, keepdim=True)
+        dv = heads * alike
+        drk = r_k * dalike  # [B,T,H,N]
+        dr, dk = drk * k, drk * r
+        dr_k = column_sum((r * k).mul_(dalike))  # [H,N]
+        dnormed = (dbefore * weight).view(B, T, H, N)
+        dy, _, _ = torch.ops.aten.native_layer_norm_backward(
+            dnormed, y, (N,), mean, rstd, None, None, [True, False, False]
+        )
+        return dy, dr, dk, dv, dg, dr_k, dweight, dbias, None
+
+
+def norm_bonus_gate(
+    y: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    r_k: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """What follows the x070 recurrence, up to the output projection.
+
+        out = (groupnorm(y) weight + bias + v sum_j(r_j k_j r_k_j)) g      norm and sum per head
+
+    y, r, k, v: [B, T, H, N], fp32 or bf16; k as the recurrence took it.  g: [B, T, H * N].
+    r_k: [H, N]; weight, bias: [H * N], any float type.  Returns [B, T, H * N] in y's type.
+    Source: RWKV-7 "Goose", arXiv:2503.14456.
+    """
+    with torch.autocast(y.device.type, enabled=False):
+        out = _NormBonusGate.apply(y, r, k, v, g, r_k, weight, bias, eps)
+    return cast(Tensor, out)
+
+
+class _SquaredRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = x.clamp_min(0)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        dx: Tensor = (dout * positive).mul_(2)
+        return dx
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2, any shape and float type, keeping one tensor for its backward."""
+    return cast(Tensor, _SquaredRelu.apply(x))
