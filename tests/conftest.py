@@ -1,4 +1,4 @@
-"""What every test may use: the golden folder, and the skipping of GPU tests."""
+"""What every test may use: the golden folder, token files, and the skipping of GPU tests."""
 
 from __future__ import annotations
 
@@ -13,6 +13,21 @@ GOLDEN = Path(__file__).parent / "golden"
 def golden() -> Path:
     """Folder of small files made by other programs; tests/golden/README.md tells their origin."""
     return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of token files with 12,000 characters of the bundled text in 4 documents; PREFIX_val
+    has the last of them."""
+    import rwkvtune
+    from rwkvtune.data.text import build_from_text
+
+    source = Path(rwkvtune.__file__).parent / "demo" / "tinyshakespeare.txt"
+    characters = source.read_text(encoding="utf-8")
+    documents = [characters[i : i + 3000] for i in range(0, 12000, 3000)]
+    prefix = tmp_path_factory.mktemp("data") / "text"
+    build_from_text(documents, prefix, "chars", val_share=0.25)
+    return prefix
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

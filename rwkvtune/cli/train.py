@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
@@ -37,7 +37,7 @@ class OneLineParser(ArgumentParser):
 
 def main(argv: list[str]) -> int:
     try:
-        namespace = make_parser().parse_args(with_plain_booleans(argv))
+        namespace = make_parser().parse_args(config_first(with_plain_booleans(argv)))
         config = for_launcher(config_from(namespace), os.environ)
         from rwkvtune.training.lm import train_language_model  # torch: seconds
 
@@ -81,6 +81,17 @@ def for_launcher(config: TrainConfig, environment: Mapping[str, str]) -> TrainCo
         )
     device = dataclasses.replace(d, devices=local, num_nodes=nodes)
     return dataclasses.replace(config, device=device)
+
+
+def config_first(args: Sequence[str]) -> list[str]:
+    """The same arguments with --config before the flags: the parser lets the later one win."""
+    first: list[str] = []
+    rest: list[str] = []
+    for i, arg in enumerate(args):
+        is_config = arg == "--config" or arg.startswith("--config=")
+        is_its_value = i > 0 and args[i - 1] == "--config"
+        (first if is_config or is_its_value else rest).append(arg)
+    return first + rest
 
 
 def with_plain_booleans(argv: Iterable[str]) -> list[str]:

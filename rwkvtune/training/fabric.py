@@ -49,9 +49,10 @@ def make_fabric(options: DeviceOptions, say: Callable[[str], None] = print) -> F
             "fp32"
         )
     if options.precision == "tf32":
-        torch.set_float32_matmul_precision("high")
-        if accelerator == "cpu":
-            say("precision tf32: a CPU has no tf32, so this is fp32")
+        if accelerator == "cuda":
+            torch.set_float32_matmul_precision("high")
+        else:
+            say(f"precision tf32: a {accelerator} device has no tf32, so this is fp32")
     total = devices * options.num_nodes
     # Fabric's own announcements repeat what the run prints in its table.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)

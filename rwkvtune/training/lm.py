@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -455,6 +456,18 @@ def _write_config(config: TrainConfig, model: RWKV7Config, path: Path) -> None:
     """The run's settings as YAML that `rwkvtune train --config` takes, dimensions filled in."""
     import yaml
 
+    class Dumper(yaml.SafeDumper):
+        """Quotes text such as 1e3 too, which the flag parser would read as a number."""
+
+    def text(dumper: Any, value: str) -> Any:
+        is_number = re.fullmatch(r"[-+.\d][-+.\d_eE]*", value)
+        return dumper.represent_scalar(
+            "tag:yaml.org,2002:str", value, style='"' if is_number else None
+        )
+
+    Dumper.add_representer(str, text)
     dimensions = {name: getattr(model, name) for name in starting_point.DIMENSIONS}
-    text = yaml.safe_dump(config.to_flat() | dimensions, sort_keys=False, allow_unicode=True)
-    atomic_write(path, lambda file: file.write(text.encode()))
+    content = yaml.dump(
+        config.to_flat() | dimensions, Dumper=Dumper, sort_keys=False, allow_unicode=True
+    )
+    atomic_write(path, lambda file: file.write(content.encode()))
