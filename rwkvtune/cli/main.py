@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import Any
 
 from rwkvtune.errors import UserError, report
 
@@ -44,17 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def guarded(name: str, args: list[str]) -> int:
     """Run a command; a UserError becomes one line on stderr and exit code 2."""
-    before = None
+    answers = {signal.SIGTERM: _leave, signal.SIGINT: signal.default_int_handler}
+    before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        before = signal.signal(signal.SIGTERM, _leave)
+        # Ctrl-C's own too: a shell script starts its background processes with it ignored.
+        before = {number: signal.signal(number, answer) for number, answer in answers.items()}
     try:
         command: Callable[[list[str]], int] = importlib.import_module(f"rwkvtune.cli.{name}").main
         return command(args)
     except (UserError, KeyboardInterrupt) as error:
         return report(error)
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, answer in before.items():
+            signal.signal(number, answer)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -194,9 +194,7 @@ class _Job:
         return f"{self.start.source}, {steps}, {self.data.fingerprint}"
 
 
-def _prepare(
-    config: TrainConfig, world_size: int, device: torch.device, notes: list[str]
-) -> _Job:
+def _prepare(config: TrainConfig, world_size: int, device: torch.device, notes: list[str]) -> _Job:
     """Look at all that the run needs, and raise UserError for what is wrong; writes nothing."""
     data = _open_data(config)
     start = starting_point.find(config, data.tokenizer, notes)

@@ -166,9 +166,8 @@ def fit(
             if is_over:
                 _save_weights(fabric, state, folder, output, "rwkv-final.pth")
             must_stop = stop_votes and not is_over
-            if (
-                (weights_name is not None or is_over or must_stop)
-                or _is_due(progress.step, output.save_every)
+            if (weights_name is not None or is_over or must_stop) or _is_due(
+                progress.step, output.save_every
             ):
                 _save_state(fabric, state, folder, output)
             if must_stop:
