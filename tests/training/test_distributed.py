@@ -49,6 +49,7 @@ def assert_same_numbers(folder: Path, expected: Path) -> None:
         assert (row["step"], row["tokens"], row["lr"]) == (
             other["step"], other["tokens"], other["lr"],
         )  # fmt: skip
+        assert float(row["grad_norm"]) == pytest.approx(float(other["grad_norm"]), rel=1e-4)
         for name in ("val_loss", "val_bits_per_byte"):
             assert bool(row[name]) == bool(other[name])
             if row[name]:

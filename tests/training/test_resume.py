@@ -51,3 +51,20 @@ def test_killed_at_random_moments_of_writing_a_run_ends_as_if_never_stopped(
     result, expected = outcome(killed), outcome(whole)
     for part in expected:
         assert result[part] == expected[part]
+
+
+def test_killed_between_its_first_two_files_a_run_keeps_its_own_initial_values(
+    text: Path, tmp_path: Path
+) -> None:
+    """rwkv-init.pth in bf16 is not what the run began with, its resume state is."""
+    sizes = {"data_file": text, "micro_bsz": 2, "epoch_count": 1, "save_dtype": "bf16"}
+    args = ["train", *flags(SETTINGS | sizes)]
+    for name, blow in (
+        ("whole", None),
+        ("before the state", Blow(1, "/resume")),
+        ("before the weights", Blow(1, "rwkv-init.pth")),
+    ):
+        folder = ["--proj_dir", str(tmp_path / name)]
+        assert run([*args, *folder], tmp_path / "out", blow).code == (0 if blow is None else -9)
+        assert run([*args, *folder], tmp_path / "out").code == 0
+        assert outcome(tmp_path / name) == outcome(tmp_path / "whole"), name
