@@ -80,7 +80,9 @@ def start(
     environment: Mapping[str, str] | None = None,
 ) -> Running:
     """`rwkvtune ARGS...` in a new process; stdout and stderr go to a file."""
-    process = _SERVER.Process(target=_live, args=(list(args), str(output), blow, environment))
+    # A daemon: ended with the tests, should one of them fail before it has.
+    live = (list(args), str(output), blow, environment)
+    process = _SERVER.Process(target=_live, args=live, daemon=True)
     process.start()
     return Running(process, output)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from rwkvtune.checkpoint import load_weights
 from tests.training.runs import (
+    Blow,
     Ended,
     digest,
     epoch_lines,
@@ -254,6 +256,24 @@ def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(
     first.send(15)
     assert first.wait().code == 143
     assert train(text, folder, epoch_count=4).code == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
+def test_a_run_that_was_overtaken_by_another_in_its_folder_begins_nothing(
+    text: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    args = ["train", *flags(SETTINGS | {"data_file": text, "proj_dir": folder})]
+    slow = start(args, tmp_path / "slow", Blow(1, "/.lock", signal.SIGSTOP))
+    stat = Path(f"/proc/{slow.process.pid}/stat")
+    slow.wait_until(lambda: stat.read_text().rpartition(") ")[2].startswith("T"))
+    assert train(text, folder).code == 0
+    before = everything(folder)
+    slow.send(signal.SIGCONT)
+    ended = slow.wait()
+    assert ended.code == 2 and "another run has just been using" in ended.output, ended
+    del before[".lock"]
+    assert {k: v for k, v in everything(folder).items() if k != ".lock"} == before
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(text: Path, tmp_path: Path) -> None:
