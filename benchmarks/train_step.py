@@ -24,6 +24,7 @@ from benchmarks import machine
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
 from rwkvtune.models import RWKV7Config, build_model
 from rwkvtune.training.loop import clip_gradients
+from rwkvtune.training.memory import keep_freed_memory
 from rwkvtune.training.optim import build_optimizer, set_hyperparameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -41,6 +42,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
+    if args.device == "cpu":
+        keep_freed_memory()  # as a run does
     rows = [
         measure(
             RWKV7Config(vocab_size=args.vocab_size, n_layer=args.n_layer, n_embd=args.n_embd),

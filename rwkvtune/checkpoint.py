@@ -405,7 +405,8 @@ def load_resume_state(
 
 def load_resume_meta(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Only the meta of a resume state that `newest_resume_state` has found to be whole."""
-    meta: dict[str, Any] = json.loads((Path(folder) / _JSON_FILE).read_text(encoding="utf-8"))["meta"]
+    state = json.loads((Path(folder) / _JSON_FILE).read_text(encoding="utf-8"))
+    meta: dict[str, Any] = state["meta"]
     return meta
 
 

@@ -39,6 +39,7 @@ from rwkvtune.training.fabric import (
 )
 from rwkvtune.training.log import RunLog
 from rwkvtune.training.loop import fit
+from rwkvtune.training.memory import keep_freed_memory
 from rwkvtune.training.optim import build_optimizer
 from rwkvtune.training.plan import Plan, make_plan, memory_estimate
 from rwkvtune.training.run_state import Progress, RunState, read_state
@@ -154,6 +155,8 @@ def train_language_model(config: TrainConfig) -> RunResult:
         raise UserError("; ".join(problems))
     notes: list[str] = []
     fabric = make_fabric(config.device, say=notes.append)
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     job = _prepare(config, planned_world_size(fabric), fabric.device, notes)
     progress, total_steps = job.start.progress, job.plan.total_steps
     if progress.step >= total_steps:
