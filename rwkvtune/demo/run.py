@@ -7,6 +7,7 @@ this file, and inference. Run again, it goes on where it was stopped, or shows w
 from __future__ import annotations
 
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -80,13 +81,14 @@ def _show(folder: Path) -> None:
     print("\nWhat the model writes:\n")
     for piece in stream_text(tokenizer, ids):
         print(piece, end="", flush=True)
+    python = _shown_path(Path(sys.executable))
     print(
         f"""
 
 Next:
   look at       {folder / "loss_curve.png"}, {folder / "metrics.csv"}, {folder / "train_log.txt"}
-  train longer  rwkvtune train --config {folder / "config.yaml"} --exit_tokens 6000000
-  use it        python -c "import rwkvtune; model = rwkvtune.load('{weights}')"
+  train longer  {python} -m rwkvtune train --config {folder / "config.yaml"} --exit_tokens 4000000
+  use it        {python} -c "import rwkvtune; model = rwkvtune.load('{weights}')"
   your own text README.md, "Train on your own text"
 """
     )
@@ -98,3 +100,9 @@ Next:
         f"demo: validation loss {nats:.4f} nats/char ({nats / math.log(2):.4f} bits/char) "
         f"after {seconds:.0f} s of training at {tokens / seconds:.0f} tokens/s"
     )
+
+
+def _shown_path(path: Path) -> Path:
+    """Relative to the working folder where the file lies below it, so that a line stays short."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

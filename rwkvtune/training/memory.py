@@ -13,8 +13,8 @@ def keep_freed_memory() -> None:
     """Let glibc reuse the large tensors of one step in the next, instead of returning them.
 
     By default each large tensor is fresh memory, which the system fills with zeros page by page.
-    Keeping it took 3 to 10 % off the steps of benchmarks/train_step.py on 2 cores, at the same peak.
-    Does nothing where the C library is another one.
+    Keeping it took 3 to 10 % off the steps of benchmarks/train_step.py on 2 cores, at the same
+    peak. Does nothing where the C library is another one.
     """
     if not sys.platform.startswith("linux"):
         return
