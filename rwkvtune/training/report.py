@@ -16,7 +16,7 @@ from rwkvtune.training.log import read_metrics
 
 TRAINING, VALIDATION, RATE = "#3a6ea5", "#d1495b", "#6b7280"
 
-SMOOTHED_SHARE = 0.02
+SMOOTHED_SHARE = 0.05
 """Width of the smoothing window as a share of the run."""
 
 
