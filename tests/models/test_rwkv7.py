@@ -381,6 +381,12 @@ def test_one_token_at_a_time_equals_the_parallel_form(small: RWKV7) -> None:
         assert all(difference(f, w) < 1e-5 for f, w in zip(found, wanted, strict=True))
 
 
+def test_a_state_holds_no_memory_of_the_tokens_before_it(small: RWKV7) -> None:
+    _, state = small(random_ids(2, 40))
+    for layer in state:
+        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in layer)
+
+
 @pytest.mark.parametrize("cut", [1, 16, 23])
 def test_two_parts_with_the_state_passed_on_equal_the_whole(small: RWKV7, cut: int) -> None:
     ids = random_ids(2, 40)

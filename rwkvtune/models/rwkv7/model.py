@@ -155,7 +155,8 @@ class Block(nn.Module):
         x = x + att
         z2 = self.ln2(x, dtype)
         x = x + self.ffn(z2, None if state is None else state.ffn_shift, reset)
-        return x, v_first, LayerState(z[:, -1], wkv, z2[:, -1])
+        # Copies: views would keep all of z and z2 alive as long as the state.
+        return x, v_first, LayerState(z[:, -1].clone(), wkv, z2[:, -1].clone())
 
 
 class RWKV7(nn.Module):
