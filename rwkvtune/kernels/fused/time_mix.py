@@ -16,7 +16,12 @@ from torch.autograd.function import once_differentiable
 from rwkvtune.kernels.fused.token_shift import column_sum
 
 SMALLEST_NORM = 1e-12
-"""Divisor of a key whose norm is smaller (torch's normalize)."""
+"""Divisor of a key whose norm is smaller (torch's normalize); in fp16, which has no such number,
+its smallest normal one, so that neither it nor its inverse is 0 or infinite."""
+
+
+def _smallest_norm(dtype: torch.dtype) -> float:
+    return max(SMALLEST_NORM, torch.finfo(dtype).tiny)
 
 
 def prepare_keys_reference(
@@ -26,7 +31,7 @@ def prepare_keys_reference(
     B, T, C = k.shape
     a = torch.sigmoid(a_logit)
     heads = (k * k_k.to(k.dtype)).view(B, T, -1, head_size)
-    kk = F.normalize(heads, dim=-1, p=2.0, eps=SMALLEST_NORM).view(B, T, C)
+    kk = F.normalize(heads, dim=-1, p=2.0, eps=_smallest_norm(k.dtype)).view(B, T, C)
     return k * (1 + (a - 1) * k_a.to(k.dtype)), -kk, kk * a
 
 
@@ -40,7 +45,8 @@ class _PrepareKeys(torch.autograd.Function):
         a = torch.sigmoid(a_logit)
         removal = k * k_k  # becomes -kk
         heads = removal.view(B, T, -1, head_size)
-        norm = torch.linalg.vector_norm(heads, dim=-1, keepdim=True).clamp_min_(SMALLEST_NORM)
+        norm = torch.linalg.vector_norm(heads, dim=-1, keepdim=True)
+        norm.clamp_min_(_smallest_norm(k.dtype))
         heads.mul_(norm.reciprocal_().neg_())  # norm holds -1/|k k_k| from here on
         new_k = torch.addcmul(k, (a - 1).mul_(k_a), k)
         insertion = (removal * a).neg_()  # kk * a

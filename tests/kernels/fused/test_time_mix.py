@@ -111,10 +111,12 @@ def test_bf16_activations_with_fp32_vectors_round_no_more_than_the_formula_does(
         assert error < max(1.5 * float(rounding), 4e-3 * float(exact.norm())), index
 
 
-def test_a_key_of_zeros_gives_zeros_and_finite_gradients() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_key_of_zeros_gives_zeros_and_finite_gradients(dtype: torch.dtype) -> None:
     inputs = key_inputs(1, 3, 1, 16)
     inputs[0][0, 1] = 0
-    found = outputs_and_gradients(prepare_keys, inputs, [torch.float32] * 4, 16)
+    types = [dtype, dtype, torch.float32, torch.float32]
+    found = outputs_and_gradients(prepare_keys, inputs, types, 16)
     assert not found[1][0, 1].any()  # -kk
     assert all(torch.isfinite(x).all() for x in found)
 
