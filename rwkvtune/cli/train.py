@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from rwkvtune.errors import UserError
 from rwkvtune.training.config import (
@@ -26,6 +27,10 @@ DESCRIPTION = """Pretrain an RWKV-7 language model, or go on with the run in --p
 
 Settings come from --config and then from flags, which win. The same command goes on with a run
 that was stopped."""
+
+
+class AsWritten(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the lines of the description, which show commands."""
 
 
 class OneLineParser(ArgumentParser):
@@ -52,7 +57,13 @@ def main(argv: list[str]) -> int:
 def make_parser() -> ArgumentParser:
     """Flags grouped by the dataclasses of training/config.py, without a prefix."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = OneLineParser(prog="rwkvtune train", description=DESCRIPTION, allow_abbrev=False)
+    parser = OneLineParser(
+        prog="rwkvtune train",
+        usage="rwkvtune train [--config FILE] [--SETTING VALUE ...]",
+        description=DESCRIPTION,
+        formatter_class=AsWritten,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file of settings")
     for options in OPTION_GROUPS.values():
         parser.add_class_arguments(options, None)
