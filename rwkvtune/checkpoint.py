@@ -107,12 +107,6 @@ def load_weights(path: str | os.PathLike[str], *, verify: bool = True) -> dict[s
     return _flat_weights(content, path)
 
 
-def weights_header(path: str | os.PathLike[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The dtype and shape of every tensor of a weights file, without reading the tensors."""
-    weights = load_weights(path, verify=False)
-    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
-
-
 def save_weights(
     path: str | os.PathLike[str],
     weights: Mapping[str, Tensor],

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from rwkvtune.data.tokenizers.base import END_OF_DOCUMENT, Tokenizer, save_json, target_bytes
+from rwkvtune.data.tokenizers.base import END_OF_DOCUMENT, Tokenizer, save_json
 from rwkvtune.data.tokenizers.byte_level import ByteTokenizer
 from rwkvtune.data.tokenizers.characters import CharTokenizer
 from rwkvtune.errors import MissingFileError, UserError
@@ -22,7 +22,6 @@ __all__ = [
     "load_tokenizer",
     "save_data_tokenizer",
     "save_tokenizer",
-    "target_bytes",
 ]
 
 _FILE_NAME = "tokenizer.json"

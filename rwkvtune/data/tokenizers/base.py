@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,8 +14,6 @@ from rwkvtune.files import atomic_write
 
 END_OF_DOCUMENT = 0
 """Id that ends each document in a token file; no tokenizer gives it to text."""
-
-_IGNORED_TARGET = -100
 
 
 class Tokenizer(Protocol):
@@ -91,24 +89,4 @@ def utf8(text: str) -> bytes:
 def save_json(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
     """Write what load_tokenizer(path) needs, whole or not at all."""
     content = json.dumps(tokenizer.to_json(), ensure_ascii=False, indent=1) + "\n"
-
-    def write(file: BinaryIO) -> None:
-        file.write(content.encode())
-
-    atomic_write(path, write)
-
-
-def target_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
-    """Bytes of text that the ids stand for: what a loss in nats is divided by to give nats per
-    byte.
-
-    ids: any shape, integer. End-of-document counts 0 bytes, ignored targets (-100) are left out.
-    """
-    ids = ids[ids != _IGNORED_TARGET]
-    lengths = tokenizer.token_byte_lengths()
-    if ids.size and not 0 <= ids.min() <= ids.max() < len(lengths):
-        raise UserError(
-            f"ids from {ids.min()} to {ids.max()} do not fit the {tokenizer.name} tokenizer, which "
-            f"has {len(lengths)}. Were these ids made with another tokenizer?"
-        )
-    return int(lengths[ids].sum())
+    atomic_write(path, lambda file: file.write(content.encode()))

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +19,6 @@ from rwkvtune.data.tokenizers import (
     load_tokenizer,
     save_data_tokenizer,
     save_tokenizer,
-    target_bytes,
 )
 from rwkvtune.errors import UserError
 
@@ -139,14 +137,6 @@ def test_a_panic_of_the_rust_library_is_an_ordinary_error(monkeypatch: pytest.Mo
         UserError, match=r"does not give this text back \(2 bytes, beginning 'ab'\)"
     ):
         load_tokenizer("world").encode("ab")
-
-
-def test_target_bytes_counts_the_utf8_bytes_of_the_targets(tokenizer: Tokenizer) -> None:
-    ids = np.array([[-100, 0, *tokenizer.encode(MIXED), -100]])
-    assert target_bytes(tokenizer, ids) == len(MIXED.encode())
-    assert target_bytes(tokenizer, ids[:0]) == 0
-    with pytest.raises(UserError, match=f"do not fit the {tokenizer.name} tokenizer"):
-        target_bytes(tokenizer, np.array([1, 65536]))
 
 
 def test_byte_lengths_are_those_of_each_decoded_id(tokenizer: Tokenizer) -> None:
