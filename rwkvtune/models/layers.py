@@ -58,8 +58,3 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weight.dtype
-
-
-def orthogonal_(weight: Tensor, gain: float, generator: torch.Generator | None = None) -> None:
-    """Fill a matrix with gain x a random orthogonal one (orthonormal rows or columns)."""
-    nn.init.orthogonal_(weight, gain=gain, generator=generator)

@@ -19,15 +19,7 @@ from rwkvtune.errors import UserError
 from rwkvtune.kernels.fused.time_mix import norm_bonus_gate, prepare_keys, squared_relu
 from rwkvtune.kernels.fused.token_shift import token_shift_mix
 from rwkvtune.kernels.wkv7 import wkv7
-from rwkvtune.models.layers import (
-    Head,
-    LayerNorm,
-    LayerState,
-    Linear,
-    State,
-    compute_dtype,
-    orthogonal_,
-)
+from rwkvtune.models.layers import Head, LayerNorm, LayerState, Linear, State, compute_dtype
 from rwkvtune.models.rwkv7.config import RWKV7Config
 
 GROUP_NORM_EPS = 64e-5
@@ -40,6 +32,8 @@ def _empty(*shape: int) -> nn.Parameter:
 
 
 class TimeMix(nn.Module):
+    """What a block takes from earlier tokens: the recurrence, and all that prepares its inputs."""
+
     def __init__(self, config: RWKV7Config, layer: int) -> None:
         super().__init__()
         self.layer, self.num_heads, self.head_size = layer, config.num_heads, config.head_size
@@ -119,6 +113,8 @@ class TimeMix(nn.Module):
 
 
 class ChannelMix(nn.Module):
+    """A block's feed-forward part: two matrices with a squared ReLU between them."""
+
     def __init__(self, config: RWKV7Config) -> None:
         super().__init__()
         self.x_k = nn.Parameter(torch.empty(1, 1, config.n_embd))
@@ -126,12 +122,15 @@ class ChannelMix(nn.Module):
         self.value = Linear(config.dim_ffn, config.n_embd)
 
     def forward(self, x: Tensor, before: Tensor | None, reset: Tensor | None) -> Tensor:
+        """x [B,T,C] (after ln2), the token before it [B,C] -> output [B,T,C]."""
         (xk,) = token_shift_mix(x, self.x_k.view(1, -1), before, reset)
         mixed: Tensor = self.value(squared_relu(self.key(xk)))
         return mixed
 
 
 class Block(nn.Module):
+    """x + TimeMix(ln1(x)), and then the same with ChannelMix; the first block also owns ln0."""
+
     def __init__(self, config: RWKV7Config, layer: int) -> None:
         super().__init__()
         self.ln1 = LayerNorm(config.n_embd)
@@ -150,6 +149,11 @@ class Block(nn.Module):
         dtype: torch.dtype,
         backend: str,
     ) -> tuple[Tensor, Tensor, LayerState]:
+        """x [B,T,C], the residual stream -> the same behind this block, the first block's value,
+        the state.
+
+        dtype: of the matrix products.
+        """
         z = self.ln1(x, dtype)
         att, v_first, wkv = self.att(z, v_first, state, reset, backend)
         x = x + att
@@ -236,8 +240,8 @@ class RWKV7(nn.Module):
 def _initial_value(
     name: str, like: Tensor, c: RWKV7Config, generator: torch.Generator | None
 ) -> Tensor:
-    """The initial tensor of one parameter, fp32, on the CPU.  Source: RWKV-LM train_temp,
-    generate_init_weight.
+    """The initial tensor of one parameter, fp32, on the default device.  Source: RWKV-LM
+    train_temp, generate_init_weight.
 
     i indexes channels; d = i/C and n = i/(C-1); r0 runs from 0 at the first layer to 1 at the last,
     r1 from 1 towards 0. Powers of d are taken in fp32 and the others in fp64, as upstream does, to
@@ -249,8 +253,7 @@ def _initial_value(
         return value.uniform_(-1e-4, 1e-4, generator=generator)
     if name == "head.weight":
         gain = 0.5 * math.sqrt(c.vocab_size / C) if c.vocab_size > C else 0.5
-        orthogonal_(value, gain, generator)
-        return value
+        return nn.init.orthogonal_(value, gain, generator)
     part = name.split(".", 2)[-1]  # "att.w0" of "blocks.3.att.w0"
     if part.endswith("bias"):
         return value.zero_()
@@ -288,16 +291,14 @@ def _initial_value(
         return value.zero_()
     if part in ("att.w2", "att.a2", "att.v2", "att.g2"):
         rows, columns = value.shape
-        orthogonal_(value, 0.1 * math.sqrt(max(rows / columns, 1.0)), generator)
-        return value
+        return nn.init.orthogonal_(value, 0.1 * math.sqrt(max(rows / columns, 1.0)), generator)
     gains = {
         "att.receptance.weight": 1.0,
         "att.key.weight": 0.1,
         "att.value.weight": 1.0,
         "ffn.key.weight": 1.0,
     }
-    orthogonal_(value, gains[part], generator)
-    return value
+    return nn.init.orthogonal_(value, gains[part], generator)
 
 
 def _accept_upstream_spellings(
