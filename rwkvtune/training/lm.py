@@ -138,8 +138,6 @@ class RunResult:
     validation: dict[str, float]
     """val_loss (nats per token), val_perplexity, val_bits_per_byte where known; empty without
     validation data."""
-    was_finished: bool = False
-    """The run had ended before; nothing was done."""
 
 
 def train_language_model(config: TrainConfig) -> RunResult:
@@ -165,7 +163,7 @@ def train_language_model(config: TrainConfig) -> RunResult:
                 f"{config.output.proj_dir}: this run is finished ({progress.step} of {total_steps} "
                 "steps); a larger exit_tokens or epoch_count goes on from here"
             )
-        return RunResult(0, progress.step, progress.seconds, progress.tokens, {}, was_finished=True)
+        return RunResult(0, progress.step, progress.seconds, progress.tokens, {})
     with launched(fabric, threads=config.device.threads, same_for_all=job.summary):
         try:
             exit_code, measured = _run(config, job, fabric)
@@ -398,6 +396,7 @@ def _settings(config: TrainConfig, plan: Plan, model: RWKV7Config, data: _Data) 
 
 def _schedule(config: TrainConfig, plan: Plan, *, restart_step: int) -> Schedule:
     s, o = config.schedule, config.optimizer
+    length = plan.total_steps * plan.tokens_per_step
     warmup = s.warmup_steps
     if restart_step and warmup < 0:
         warmup = starting_point.RESTART_WARMUP_STEPS
@@ -406,10 +405,7 @@ def _schedule(config: TrainConfig, plan: Plan, *, restart_step: int) -> Schedule
         lr_init=s.lr_init,
         lr_final=s.lr_final,
         warmup_steps=warmup,
-        total_tokens=min(
-            plan.total_steps * plan.tokens_per_step,
-            s.exit_tokens or plan.total_steps * plan.tokens_per_step,
-        ),
+        total_tokens=min(length, s.exit_tokens or length),
         tokens_per_step=plan.tokens_per_step,
         decay_share=s.decay_share,
         weight_decay=o.weight_decay,

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from rwkvtune.errors import UserError
 from rwkvtune.files import atomic_write
@@ -223,7 +223,7 @@ class MetricsFile:
                 kept.append(_csv_line([row.text.get(name, "") for name in COLUMNS]))
         content = "".join(kept).encode()
         if not path.exists() or path.read_bytes() != content:
-            atomic_write(path, lambda file: _write(file, content))
+            atomic_write(path, lambda file: file.write(content))
 
     def append(self, row: Row) -> None:
         assert set(row) <= set(COLUMNS), f"not in COLUMNS: {set(row) - set(COLUMNS)}"
@@ -248,7 +248,7 @@ class TrainLogFile:
             if not ((found := self.EPOCH_LINE.fullmatch(line)) and int(found[1]) >= next_epoch)
         )
         if kept != content:
-            atomic_write(path, lambda file: _write(file, kept))
+            atomic_write(path, lambda file: file.write(kept))
 
     def begin_run(self, timestamp: str, arguments: Mapping[str, Any]) -> None:
         on_one_line = str(dict(arguments)).replace("\n", " ")
@@ -482,10 +482,6 @@ def _append(path: Path, text: str) -> None:
             f"cannot write {path}: {error.strerror or error}. Make room, then run the same command "
             "again: it continues from the last save."
         ) from error
-
-
-def _write(file: BinaryIO, content: bytes) -> None:
-    file.write(content)
 
 
 def _csv_line(cells: Iterable[str]) -> str:

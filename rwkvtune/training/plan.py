@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rwkvtune.errors import UserError
+from rwkvtune.kernels.fused.cross_entropy import LOGITS_IN_MEMORY
 from rwkvtune.models.rwkv7.config import RWKV7Config
 from rwkvtune.training.config import TrainConfig
 
@@ -76,6 +77,6 @@ def memory_estimate(model: RWKV7Config, config: TrainConfig) -> int:
     residual = tokens * C * 4 * 2
     kept = residual if config.device.grad_cp else block
     blocks = kept * model.n_layer + block  # one more for what a block's backward makes
-    rows = config.optimizer.head_chunk or max(1, 2**25 // model.vocab_size)
+    rows = config.optimizer.head_chunk or max(1, LOGITS_IN_MEMORY // model.vocab_size)
     head = min(rows, tokens) * model.vocab_size * size + model.vocab_size * C * 4
     return fixed + blocks + head
