@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -51,6 +53,36 @@ def test_metadata_states_version_python_and_torch() -> None:
 def test_the_installed_command_points_to_the_command_line() -> None:
     (script,) = metadata.entry_points(group="console_scripts", name="rwkvtune")
     assert script.value == "rwkvtune.cli.main:main"
+
+
+def test_an_installed_wheel_has_all_files_and_answers_help(tmp_path: Path) -> None:
+    # Copied, because a build leaves folders in its source. setuptools came with torch.
+    source, site = tmp_path / "source", tmp_path / "site"
+    shutil.copytree(
+        ROOT / "rwkvtune", source / "rwkvtune", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    offline = ["--no-index", "--no-deps"]
+    build = [*pip, "wheel", *offline, "--no-build-isolation", str(source), "-w", str(tmp_path)]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run([*pip, "install", *offline, "--target", str(site), str(wheel)], check=True)
+
+    there = {p.relative_to(source) for p in (source / "rwkvtune").rglob("*") if p.is_file()}
+    assert Path("rwkvtune/demo/recipe.yaml") in there
+    assert {p for p in there if not (site / p).is_file()} == set()
+
+    def installed(*arguments: str) -> str:
+        run = [sys.executable, *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(site)}
+        done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, check=True)
+        return done.stdout.decode()
+
+    assert str(site) in installed("-c", "import rwkvtune; print(rwkvtune.__file__)")
+    assert "train a small RWKV-7" in installed("-m", "rwkvtune", "--help")
+    assert "--exit_tokens" in installed("-m", "rwkvtune", "train", "--help")
 
 
 def test_constraints_pin_every_direct_dependency_for_each_python() -> None:
