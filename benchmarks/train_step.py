@@ -103,7 +103,7 @@ def training_step(
 ) -> Callable[[], None]:
     """A whole optimizer step on random tokens, as the loop does it."""
     with torch.device(device):
-        model = build_model(config, seed=0) if device == "cpu" else build_model(config)
+        model = build_model(config, seed=0)
     model.grad_cp = grad_cp
     optimizer = build_optimizer(
         model.named_parameters(), lr_init=1e-4, betas=(0.9, 0.99), eps=1e-18, weight_decay=0.1

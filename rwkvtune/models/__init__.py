@@ -27,8 +27,8 @@ def build_model(
 ) -> RWKV7:
     """A model with its published initial values, fp32, on the current default device.
 
-    seed: makes the random initial values repeatable without touching torch's global generator;
-    None draws from that generator.
+    seed: makes the random initial values repeatable on one kind of device, without touching torch's
+    global generator; None draws from that generator.
     initial_values: False leaves all values unset, for weights that will be loaded over them.
     """
     import torch
@@ -37,7 +37,8 @@ def build_model(
 
     model = RWKV7(config)
     if initial_values:
-        model.init_weights(None if seed is None else torch.Generator().manual_seed(seed))
+        device = torch.get_default_device()  # a generator draws on its own kind of device only
+        model.init_weights(None if seed is None else torch.Generator(device).manual_seed(seed))
     return model
 
 
