@@ -105,7 +105,9 @@ class OptimizerOptions:
     """Optimizer: Adam with decoupled weight decay on the large matrices only."""
 
     beta1: float = 0.9
+    """Adam's decay of the gradient's mean, per step."""
     beta2: float = 0.99
+    """Adam's decay of the squared gradient's mean, per step."""
     adam_eps: float = 1e-18
     """Added outside the root."""
     weight_decay: float = 0.001
@@ -127,6 +129,7 @@ class DeviceOptions:
     """Devices."""
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
+    """Kind of device; auto = a GPU that torch sees, else the CPU; gpu = cuda; mps = Apple's."""
     devices: int | Literal["auto"] = "auto"
     """Devices per machine: a number, or auto (all GPUs, one CPU process)."""
     num_nodes: int = 1
