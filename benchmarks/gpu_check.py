@@ -35,15 +35,16 @@ def main() -> int:
         return 0
     from benchmarks import machine
 
-    tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "tests"], timeout=TEST_LIMIT_S
-    ).returncode
-    # pytest's 5 means that no test carries the mark.
-    result = machine.describe("cuda") | {"gpu_tests": {0: "passed", 5: "none"}.get(tests, "failed")}
-    result |= benchmarks()
+    # Only the file of GPU tests: a GPU machine may lack what the other files import.
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py"]
+    try:
+        tests = "failed" if subprocess.run(command, timeout=TEST_LIMIT_S).returncode else "passed"
+    except subprocess.TimeoutExpired:
+        tests = f"not done in {TEST_LIMIT_S} s"
+    result = machine.describe("cuda") | {"gpu_tests": tests} | benchmarks()
     name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower().removeprefix("nvidia "))
     machine.write(out, name.strip("-"), result)
-    return 0 if tests in (0, 5) else 1
+    return 0 if tests == "passed" else 1
 
 
 def benchmarks() -> dict[str, Any]:
