@@ -7,11 +7,13 @@ import os
 import re
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
-from rwkvtune.errors import UserError
+from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.training.config import (
     OPTION_GROUPS,
     TrainConfig,
@@ -42,7 +44,9 @@ class OneLineParser(ArgumentParser):
 
 def main(argv: list[str]) -> int:
     try:
-        namespace = make_parser().parse_args(config_first(with_plain_booleans(argv)))
+        args = config_first(with_plain_booleans(argv))
+        check_config_files(args)
+        namespace = make_parser().parse_args(args)
         config = for_launcher(config_from(namespace), os.environ)
         from rwkvtune.training.lm import train_language_model  # torch: seconds
 
@@ -103,6 +107,28 @@ def config_first(args: Sequence[str]) -> list[str]:
         is_its_value = i > 0 and args[i - 1] == "--config"
         (first if is_config or is_its_value else rest).append(arg)
     return first + rest
+
+
+def check_config_files(args: Sequence[str]) -> None:
+    """UserError that names the file when one given by --config holds no settings; the parser's own
+    messages do not."""
+    paths = [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    paths += [value for arg, value in zip(args, args[1:], strict=False) if arg == "--config"]
+    for path in paths:
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise MissingFileError(f"--config {path}: there is no such file") from error
+        except OSError as error:
+            raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+            raise UserError(f"--config {path}: this is no YAML: {reason}") from error
+        if not isinstance(content, dict):
+            raise UserError(
+                f"--config {path}: expected lines such as `n_layer: 12`, found "
+                + ("nothing" if content is None else f"one {type(content).__name__}")
+            )
 
 
 def with_plain_booleans(argv: Iterable[str]) -> list[str]:

@@ -87,6 +87,12 @@ def fill_model(model: RWKV7, weights: Mapping[str, torch.Tensor], source: str) -
 
     source: the file's name, for the message.
     """
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"{source}: {name} holds {tensor.dtype}, which is no weight that can be trained or "
+                "run; quantized files are not read, use the original in bf16, fp16 or fp32"
+            )
     try:
         model.load_state_dict(dict(weights))
     except RuntimeError as error:

@@ -163,6 +163,7 @@ def train_language_model(config: TrainConfig) -> RunResult:
                 f"{config.output.proj_dir}: this run is finished ({progress.step} of {total_steps} "
                 "steps); a larger exit_tokens or epoch_count goes on from here"
             )
+            _draw_if_outdated(Path(config.output.proj_dir))
         return RunResult(0, progress.step, progress.seconds, progress.tokens, {})
     with launched(fabric, threads=config.device.threads, same_for_all=job.summary):
         try:
@@ -203,6 +204,8 @@ def _prepare(config: TrainConfig, world_size: int, device: torch.device, notes: 
     _check_sampling(config, data.tokenizer, start.model_config.vocab_size, notes)
     if data.validation is None and (config.output.val_every or config.output.val_windows):
         notes.append("val_every and val_windows do nothing without val_data_file")
+    if config.model.interpolate and not config.model.load_model:
+        notes.append("interpolate does nothing without load_model")
     plan = make_plan(config, world_size=world_size, num_slots=data.dataset.order.num_slots)
     settings = _settings(config, plan, start.model_config, data)
     if start.resume_state is not None:
@@ -269,12 +272,23 @@ def _run(config: TrainConfig, job: _Job, fabric: Any) -> tuple[int, dict[str, fl
         finally:
             log.close()
         if is_zero:
-            from rwkvtune.training.report import draw_loss_curve  # matplotlib, half a second
-
-            draw_loss_curve(folder / "metrics.csv", folder / "loss_curve.png")
+            _draw_if_outdated(folder)
     if stopped is None and is_zero:
         print(f"done: {folder / 'rwkv-final.pth'}, loss curve in {folder / 'loss_curve.png'}")
     return stopped.exit_code if stopped else 0, recipe.measured
+
+
+def _draw_if_outdated(folder: Path) -> None:
+    """Draw loss_curve.png from metrics.csv, unless it is the newer one: a run may have been killed
+    between its last save and its picture."""
+    metrics, picture = folder / "metrics.csv", folder / "loss_curve.png"
+    if not metrics.exists() or (
+        picture.exists() and picture.stat().st_mtime_ns > metrics.stat().st_mtime_ns
+    ):
+        return
+    from rwkvtune.training.report import draw_loss_curve  # matplotlib, half a second
+
+    draw_loss_curve(metrics, picture)
 
 
 def _build_state(
@@ -424,7 +438,7 @@ def _table(config: TrainConfig, job: _Job) -> list[tuple[str, str]]:
     return [
         (
             "model",
-            f"{m.version} L{m.n_layer} D{m.n_embd} V{m.vocab_size}, {m.num_heads} heads of "
+            f"{m.version} L{m.n_layer} D{m.n_embd} V{m.vocab_size}, heads: {m.num_heads} of "
             f"{m.head_size}",
         ),
         ("parameters", f"{m.num_parameters:,}"),

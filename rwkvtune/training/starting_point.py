@@ -4,6 +4,7 @@ nothing."""
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from rwkvtune.checkpoint import load_resume_meta, load_weights, newest_resume_state
 from rwkvtune.data.tokenizers import Tokenizer
 from rwkvtune.errors import UserError
-from rwkvtune.models import RWKV7Config, config_from_state_dict
+from rwkvtune.models import RWKV7Config, build_model, config_from_state_dict, fill_model
 from rwkvtune.training.config import ModelOptions, TrainConfig
 from rwkvtune.training.run_state import Progress
 
@@ -128,6 +129,8 @@ def _from_file(
         )
         weights = _interpolated(weights, target, notes)
         config = target
+    else:
+        _check_fits(weights, config, path)
     wrong = _disagreements(flags, config, "file")
     if wrong:
         raise UserError(
@@ -136,6 +139,15 @@ def _from_file(
             "--interpolate true)"
         )
     return StartingPoint(config, f"weights of {path}", weights, epochs_behind=epochs_behind)
+
+
+def _check_fits(weights: Mapping[str, Tensor], config: RWKV7Config, path: Path) -> None:
+    """UserError, before the run folder is made, for tensors that are missing or do not fit."""
+    with torch.device("meta"):
+        model = build_model(config, initial_values=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch: copying to a meta tensor does nothing
+        fill_model(model, weights, str(path))
 
 
 def _disagreements(flags: ModelOptions, found: RWKV7Config, source: str) -> list[str]:

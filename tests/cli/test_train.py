@@ -114,11 +114,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     with BinIdxWriter(folder / "data", 300) as writer:
         writer.add_document([1 + i % 250 for i in range(1000)])
-    save_weights(folder / "w.pth", build_model(RWKV7Config(300, 2, 64)).state_dict())
+    weights = build_model(RWKV7Config(300, 2, 64)).state_dict()
+    save_weights(folder / "w.pth", weights)
+    del weights["blocks.1.att.k_a"]
+    save_weights(folder / "incomplete.pth", weights)
     (folder / "misspelled.yaml").write_text("lr_intt: 1.0e-3\n")
     (folder / "wrong_type.yaml").write_text("micro_bsz: many\n")
     (folder / "list.yaml").write_text("- a\n- b\n")
     (folder / "broken.yaml").write_text("a: [\n")
+    (folder / "empty.yaml").write_text("")
     return folder
 
 
@@ -145,8 +149,10 @@ REFUSALS = {
     ),
     "yaml key": Refusal(["--config", "misspelled.yaml"], "lr_intt (did you mean lr_init?)"),
     "yaml type": Refusal(["--config", "wrong_type.yaml"], "micro_bsz=many must be a whole number"),
-    "yaml list": Refusal(["--config", "list.yaml"], "config"),
-    "yaml syntax": Refusal(["--config", "broken.yaml"], "config"),
+    "yaml list": Refusal(["--config", "list.yaml"], "list.yaml: expected lines such as"),
+    "yaml syntax": Refusal(["--config", "broken.yaml"], "broken.yaml: this is no YAML"),
+    "yaml empty": Refusal(["--config", "empty.yaml"], "empty.yaml: expected lines such as"),
+    "yaml folder": Refusal(["--config", "."], "--config .: cannot be read"),
     "yaml missing": Refusal(["--config", "nothing.yaml"], "nothing.yaml"),
     "data missing": Refusal(["--data_file", "nothing"], "nothing"),
     "validation missing": Refusal([*DATA, "--val_data_file", "nothing"], "nothing"),
@@ -159,6 +165,11 @@ REFUSALS = {
         "the model flags disagree with w.pth: n_layer: flag 3, file 2; n_embd: flag 128, file 64",
     ),
     "weights missing": Refusal([*DATA, "--load_model", "nothing.pth"], "nothing.pth"),
+    "weights incomplete": Refusal(
+        [*DATA, "--n_layer", "2", "--load_model", "incomplete.pth"],
+        'incomplete.pth does not fit an x070 model of its own dimensions: Missing key(s) in '
+        'state_dict: "blocks.1.att.k_a"',
+    ),
     "width and heads": Refusal([*DATA, "--n_embd", "100"], "n_embd=100 is not a multiple"),
     "window too long": Refusal([*DATA, "--ctx_len", "2000"], "tokens are too few"),
     "window too long, shuffled": Refusal(

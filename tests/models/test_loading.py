@@ -221,6 +221,7 @@ def test_a_file_that_lost_half_of_its_tensors_is_refused_in_one_short_line(
     ("name", "tensor"),
     [
         ("blocks.1.att.key.weight", torch.zeros(64, 63)),
+        ("blocks.1.att.value.weight", torch.zeros(64, 64, dtype=torch.int8)),
         ("blocks.1.ffn.x_k", torch.zeros(1, 1, 65)),
         ("blocks.0.att.r_k", torch.zeros(64)),
         ("blocks.0.att.time_state", torch.zeros(1, 64, 64)),

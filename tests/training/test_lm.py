@@ -220,10 +220,12 @@ def test_settings_without_effect_are_told(
         "val_every": 1,
         "strategy": "fsdp",
         "micro_bsz": 1,
+        "interpolate": True,
     }
     train(bare, tmp_path / "run", exit_tokens=64, **more, precision="tf32")
     told = capsys.readouterr().out
     assert "no samples: the data has no tokenizer" in told
     assert "val_every and val_windows do nothing without val_data_file" in told
+    assert "interpolate does nothing without load_model" in told
     assert "strategy fsdp: one device has nothing to shard" in told
     assert "precision tf32: a cpu device has no tf32" in told

@@ -76,6 +76,16 @@ def test_a_finished_run_says_so_and_touches_nothing(finished: Path, text: Path) 
     assert everything(finished) == before
 
 
+def test_a_run_killed_before_its_picture_gets_it_when_started_again(
+    text: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert train(text, folder).code == 0
+    (folder / "loss_curve.png").unlink()
+    assert train(text, folder).code == 0
+    assert (folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_numbered_weights_come_every_epoch_save_epochs_from_the_first_and_at_the_end(
     text: Path, tmp_path: Path
 ) -> None:
