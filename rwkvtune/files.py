@@ -42,12 +42,10 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     anything fails, `path` is as it was and the temporary file is gone. A full disk or a place that
     cannot be written is a UserError.
     """
-    atomic_write_together({path: write})
+    atomic_write_together({Path(path): write})
 
 
-def atomic_write_together(
-    writes: Mapping[str | os.PathLike[str], Callable[[BinaryIO], object]],
-) -> None:
+def atomic_write_together(writes: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
     """The same for several files that belong together: written in the given order, and none gets
     its name before all are on the disk.
 
@@ -58,8 +56,7 @@ def atomic_write_together(
     staged: list[tuple[Path, Path]] = []
     try:
         with ExitStack() as still_open:  # and so locked, as long as another is being written
-            for target, write in writes.items():
-                path = Path(target)
+            for path, write in writes.items():
                 temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
                 with _refusals_explained(path):
                     if path.is_dir():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rwkvtune.data.text import build_from_text
+from rwkvtune.data.build import build_token_files
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
 from rwkvtune.kernels.wkv7 import wkv7
 from rwkvtune.models import build_model, config_from_state_dict
@@ -70,7 +70,7 @@ def test_a_run_on_the_gpu_learns_and_goes_on_where_it_stopped(
     tmp_path: Path, precision: str
 ) -> None:
     text = Path(__file__).parent.parent / "rwkvtune" / "demo" / "tinyshakespeare.txt"
-    build_from_text(text, tmp_path / "text", "chars", val_share=0.1)
+    build_token_files(text, tmp_path / "text", "chars", val_share=0.1)
 
     def run(tokens: int) -> None:
         settings = {

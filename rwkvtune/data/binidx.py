@@ -30,9 +30,7 @@ _DTYPES: dict[int, np.dtype] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
 _UINT16_IDS = 65536
 _SCAN_BLOCK = 1 << 24  # tokens looked at together: some 30 to 60 MB
 _COPIED_TOGETHER = 1 << 16  # documents looked at together while writing
-
-MAX_DOCUMENT_TOKENS = 2**31 - 1
-"""Sizes are int32."""
+_MAX_DOCUMENT_TOKENS = 2**31 - 1  # sizes are int32
 
 _MAKE_AGAIN = "Copy both files again, or make them again from their text."
 
@@ -138,8 +136,8 @@ class TokenSpool:
         self.prefix = binidx_prefix(prefix)
         self.vocab_size = vocab_size
         self.sizes = array("i")
-        self._code = 8 if vocab_size <= _UINT16_IDS else 4
-        self.dtype = _DTYPES[self._code]
+        self.dtype = token_dtype(vocab_size)
+        self._unfinished = False
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> TokenSpool:
@@ -168,8 +166,13 @@ class TokenSpool:
         """Append one document; UserError, with its place, for an id beyond the vocabulary."""
         self.add_documents(np.asarray(ids, np.int64 if len(ids) == 0 else None), [len(ids)])
 
-    def add_documents(self, ids: np.ndarray, sizes: Sequence[int] | np.ndarray) -> None:
-        """Append several: their ids one after the other, and how many belong to each."""
+    def add_documents(
+        self, ids: np.ndarray, sizes: Sequence[int] | np.ndarray, *, unfinished: bool = False
+    ) -> None:
+        """Append several: their ids one after the other, and how many belong to each.
+
+        unfinished: the last goes on with the first of the next call.
+        """
         assert self._file is not None, "used in a with block"
         assert ids.ndim == 1 and ids.dtype.kind in "iu" and len(ids) == np.sum(sizes), ids.dtype
         if len(ids) and (ids.min() < 0 or ids.max() >= self.vocab_size):
@@ -182,21 +185,30 @@ class TokenSpool:
                 f"id {ids[position]} is not in the vocabulary of {self.vocab_size} ids for "
                 f"{self.prefix}.bin. Give the vocab_size of the tokenizer that made the ids."
             )
-        if len(sizes) and np.max(sizes) > MAX_DOCUMENT_TOKENS:
-            raise too_long(self.prefix, int(np.max(sizes)))
+        added = np.array(sizes, np.int64)
+        if self._unfinished:
+            added[0] += self.sizes[-1]
+        if len(added) and added.max() > _MAX_DOCUMENT_TOKENS:
+            raise UserError(
+                f"document {len(self.sizes)} or one after it has {added.max()} tokens or more; the "
+                f"index of {self.prefix} can hold {_MAX_DOCUMENT_TOKENS} per document. Split it."
+            )
         try:
-            self._file.write(ids.astype(self.dtype).tobytes())
+            self._file.write(ids.astype(self.dtype, copy=False).tobytes())
         except OSError as error:
             raise UserError(
                 f"cannot write {self.prefix}.bin: {error.strerror}. Nothing was changed: make room "
                 "or choose another folder (twice the size of the finished file is needed for a "
                 "moment)."
             ) from error
-        self.sizes.frombytes(np.asarray(sizes, "i").tobytes())
+        if self._unfinished:
+            self.sizes.pop()
+        self.sizes.frombytes(added.astype("i").tobytes())
+        self._unfinished = unfinished
 
     def pair(
         self, prefix: str, order: Iterable[np.ndarray] | None = None
-    ) -> dict[str, Callable[[BinaryIO], object]]:
+    ) -> dict[Path, Callable[[BinaryIO], object]]:
         """What atomic_write_together needs to write PREFIX.bin and PREFIX.idx.
 
         order: numbers of the documents, int64 arrays to be written one after the other, where a
@@ -211,9 +223,9 @@ class TokenSpool:
                 written.frombytes(np.frombuffer(self.sizes, "i").take(documents).tobytes())
 
         def write_index(file: BinaryIO) -> None:
-            _write_index(file, self._code, np.frombuffer(written, "i"))
+            _write_index(file, self.dtype, np.frombuffer(written, "i"))
 
-        return {f"{prefix}.bin": write_tokens, f"{prefix}.idx": write_index}
+        return {Path(f"{prefix}.bin"): write_tokens, Path(f"{prefix}.idx"): write_index}
 
     def _copy(self, documents: np.ndarray, file: BinaryIO) -> None:
         """Write the tokens of these documents."""
@@ -274,23 +286,21 @@ class BinIdxWriter(TokenSpool):
         atomic_write_together(self.pair(self.prefix))
 
 
-def too_long(where: str, tokens: int) -> UserError:
-    """The error for a document that the index cannot describe."""
-    return UserError(
-        f"{where}: a document of {tokens} tokens or more; the index of token files can hold "
-        f"{MAX_DOCUMENT_TOKENS} per document. Split it."
-    )
+def token_dtype(vocab_size: int) -> np.dtype:
+    """How ids of such a vocabulary are stored."""
+    return _DTYPES[8 if vocab_size <= _UINT16_IDS else 4]
 
 
-def _write_index(file: BinaryIO, code: int, sizes: np.ndarray) -> None:
+def _write_index(file: BinaryIO, dtype: np.dtype, sizes: np.ndarray) -> None:
     """The whole index, from the int32 sizes of items that are one document each."""
+    code = next(code for code, known in _DTYPES.items() if known == dtype)
     file.write(_HEADER.pack(_MAGIC, _VERSION, code, len(sizes), len(sizes) + 1))
     file.write(sizes.astype("<i4").tobytes())
     begin = 0
     for i in range(0, len(sizes), _COPIED_TOGETHER):
         block = sizes[i : i + _COPIED_TOGETHER].astype(np.int64)
         ends = begin + np.cumsum(block)
-        file.write(((ends - block) * _DTYPES[code].itemsize).astype("<i8").tobytes())
+        file.write(((ends - block) * dtype.itemsize).astype("<i8").tobytes())
         begin = int(ends[-1])
     for i in range(0, len(sizes) + 1, _COPIED_TOGETHER):
         end = min(i + _COPIED_TOGETHER, len(sizes) + 1)

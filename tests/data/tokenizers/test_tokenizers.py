@@ -15,9 +15,10 @@ from rwkvtune.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
+    as_json,
+    data_tokenizer_path,
     find_tokenizer,
     load_tokenizer,
-    save_data_tokenizer,
     save_tokenizer,
 )
 from rwkvtune.errors import UserError
@@ -167,7 +168,7 @@ def test_a_run_folder_keeps_its_tokenizer(
 
 
 def test_token_files_keep_their_tokenizer(tmp_path: Path) -> None:
-    save_data_tokenizer(ByteTokenizer(), tmp_path / "v1.2")
+    data_tokenizer_path(tmp_path / "v1.2").write_bytes(as_json(ByteTokenizer()))
     for name in ("v1.2", "v1.2.bin", "v1.2.idx"):
         found = find_tokenizer(tmp_path / name)
         assert found is not None
