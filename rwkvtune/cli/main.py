@@ -14,6 +14,7 @@ from typing import Any
 from rwkvtune.errors import UserError, report
 
 COMMANDS = {
+    "data": "make token files from text, or look into them (rwkvtune data --help)",
     "demo": "train a small RWKV-7 on a bundled text, on the CPU, in minutes",
     "train": "pretrain a language model, or go on with a run (rwkvtune train --help)",
 }
