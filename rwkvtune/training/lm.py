@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rwkvtune.checkpoint import save_weights
 from rwkvtune.data.batch import Batch
 from rwkvtune.data.binidx import BinIdx
 from rwkvtune.data.lm_dataset import LMDataset
-from rwkvtune.data.sampler import PublishedOrder, SampleOrder, ShuffledOrder
+from rwkvtune.data.prefetch import prefetched
+from rwkvtune.data.sampler import PublishedOrder, RandomOrder, SampleOrder, ShuffledOrder
 from rwkvtune.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer, save_tokenizer
 from rwkvtune.errors import UserError
 from rwkvtune.evaluation.perplexity import evaluate
@@ -28,6 +30,7 @@ from rwkvtune.inference.generate import generate
 from rwkvtune.kernels.dispatch import Choice, announce, resolve_wkv7
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
 from rwkvtune.models import RWKV7Config, build_model, fill_model
+from rwkvtune.models.rwkv7.model import RWKV7
 from rwkvtune.training import starting_point
 from rwkvtune.training.config import TrainConfig, changes_refused
 from rwkvtune.training.fabric import (
@@ -39,10 +42,10 @@ from rwkvtune.training.fabric import (
 )
 from rwkvtune.training.log import RunLog
 from rwkvtune.training.loop import fit
-from rwkvtune.training.memory import keep_freed_memory
+from rwkvtune.training.memory import PeakMemory, keep_freed_memory
 from rwkvtune.training.optim import build_optimizer
 from rwkvtune.training.plan import Plan, make_plan, memory_estimate
-from rwkvtune.training.run_state import Progress, RunState, read_state
+from rwkvtune.training.run_state import Progress, RunState, SavedState, read_state
 from rwkvtune.training.schedule import Schedule
 from rwkvtune.training.starting_point import StartingPoint
 
@@ -58,18 +61,21 @@ class LanguageModelRecipe:
         """The latest validation."""
 
     def batches(self, progress: Progress) -> Iterator[list[Batch]]:
+        return prefetched(map(self._batches_of, count(progress.step)))
+
+    def _batches_of(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of one step."""
         plan = self.plan
-        for step in count(progress.step):
-            first = step * plan.global_bsz
-            yield [
-                self.data.dataset.batch(
-                    first + i * plan.micro_bsz * plan.world_size,
-                    plan.micro_bsz,
-                    rank=self.fabric.global_rank,
-                    world_size=plan.world_size,
-                )
-                for i in range(plan.accumulate)
-            ]
+        first = step * plan.global_bsz
+        return [
+            self.data.dataset.batch(
+                first + i * plan.micro_bsz * plan.world_size,
+                plan.micro_bsz,
+                rank=self.fabric.global_rank,
+                world_size=plan.world_size,
+            )
+            for i in range(plan.accumulate)
+        ]
 
     def loss(
         self, model: nn.Module, batch: Batch, carry: None
@@ -140,10 +146,13 @@ class RunResult:
     validation data."""
 
 
-def train_language_model(config: TrainConfig) -> RunResult:
+def train_language_model(
+    config: TrainConfig, *, notes: Sequence[str] = (), rows: Sequence[tuple[str, str]] = ()
+) -> RunResult:
     """Pretrain, or go on pretraining, as `config` says; the README lists the files that appear in
     proj_dir.
 
+    notes: lines to print at the start.  rows: names and values to print above the table of the run.
     All that can be refused is refused before the run folder is touched or another process started.
     UserError says what is wrong. In a distributed run this does not return: each process ends here
     with the exit code.
@@ -151,23 +160,27 @@ def train_language_model(config: TrainConfig) -> RunResult:
     problems = config.problems()
     if problems:
         raise UserError("; ".join(problems))
-    notes: list[str] = []
-    fabric = make_fabric(config.device, say=notes.append)
+    said = list(notes)
+    fabric = make_fabric(config.device, say=said.append)
     if fabric.device.type == "cpu":
         keep_freed_memory()
-    job = _prepare(config, planned_world_size(fabric), fabric.device, notes)
+    job = _prepare(config, planned_world_size(fabric), fabric.device, said)
     progress, total_steps = job.start.progress, job.plan.total_steps
+    if config.output.init_only:
+        if fabric.is_global_zero:
+            _write_initial_weights(config, job, rows)
+        return RunResult(0, 0, 0.0, 0, {})
     if progress.step >= total_steps:
         if fabric.is_global_zero:
             print(
-                f"{config.output.proj_dir}: this run is finished ({progress.step} of {total_steps} "
-                "steps); a larger exit_tokens or epoch_count goes on from here"
+                f"{config.output.proj_dir}: this run is finished, at step {progress.step} "
+                f"({total_steps} asked for); a larger exit_tokens or epoch_count goes on from here"
             )
             _draw_if_outdated(Path(config.output.proj_dir))
         return RunResult(0, progress.step, progress.seconds, progress.tokens, {})
     with launched(fabric, threads=config.device.threads, same_for_all=job.summary):
         try:
-            exit_code, measured = _run(config, job, fabric)
+            exit_code, measured = _run(config, job, fabric, rows)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of memory: {str(error).splitlines()[0]} A smaller --micro_bsz with more "
@@ -202,10 +215,7 @@ def _prepare(config: TrainConfig, world_size: int, device: torch.device, notes: 
     start = starting_point.find(config, data.tokenizer, notes)
     data.check(start.model_config.vocab_size)
     _check_sampling(config, data.tokenizer, start.model_config.vocab_size, notes)
-    if data.validation is None and (config.output.val_every or config.output.val_windows):
-        notes.append("val_every and val_windows do nothing without val_data_file")
-    if config.model.interpolate and not config.model.load_model:
-        notes.append("interpolate does nothing without load_model")
+    notes += config.without_effect()
     plan = make_plan(config, world_size=world_size, num_slots=data.dataset.order.num_slots)
     settings = _settings(config, plan, start.model_config, data)
     if start.resume_state is not None:
@@ -228,10 +238,28 @@ def _prepare(config: TrainConfig, world_size: int, device: torch.device, notes: 
     return _Job(data, start, plan, settings, schedule, kernel, notes)
 
 
-def _run(config: TrainConfig, job: _Job, fabric: Any) -> tuple[int, dict[str, float]]:
+def _write_initial_weights(config: TrainConfig, job: _Job, rows: Sequence[tuple[str, str]]) -> None:
+    """rwkv-init.pth and the tokenizer, and nothing else."""
+    folder, start = Path(config.output.proj_dir), job.start
+    log = RunLog(folder, total_steps=0)
+    for note in job.notes:
+        log.line(note)
+    log.table([*rows, *_table(config, job)])
+    with RunFolderLock(folder):
+        weights = _build_model(config, start).state_dict()
+        save_weights(folder / "rwkv-init.pth", weights, dtype=config.output.save_dtype)
+        if job.data.tokenizer is not None:
+            save_tokenizer(job.data.tokenizer, folder)
+    log.line(f"wrote {folder / 'rwkv-init.pth'}; a run in this folder starts from it")
+
+
+def _run(
+    config: TrainConfig, job: _Job, fabric: Any, rows: Sequence[tuple[str, str]]
+) -> tuple[int, dict[str, float]]:
     """Put the run together and train; returns the exit code and the latest validation."""
     folder, start, plan = Path(config.output.proj_dir), job.start, job.plan
     is_zero = fabric.is_global_zero
+    memory = PeakMemory(fabric.device.type)
     log = RunLog(
         folder,
         total_steps=plan.total_steps,
@@ -265,10 +293,13 @@ def _run(config: TrainConfig, job: _Job, fabric: Any) -> tuple[int, dict[str, fl
         try:
             for note in job.notes:
                 log.line(note)
-            log.table(_table(config, job))
+            log.table([*rows, *_table(config, job)])
             stopped = fit(
                 fabric, state, recipe, plan, job.schedule, config.optimizer, config.output, log
             )
+            if (used := memory.used()) is not None:
+                estimate = memory_estimate(start.model_config, config)
+                log.line(f"memory used {_gigabytes(used)}, estimated {_gigabytes(estimate)}")
         finally:
             log.close()
         if is_zero:
@@ -297,20 +328,8 @@ def _build_state(
     """Model and optimizer on their devices, as the starting point has them."""
     start, o = job.start, config.optimizer
     torch.manual_seed(config.output.random_seed)
-    model = build_model(
-        start.model_config,
-        seed=config.output.random_seed,
-        initial_values=start.resume_state is None
-        and (start.weights is None or config.model.interpolate),
-    )
-    model.grad_cp = config.device.grad_cp
-    model.backend = config.device.kernel
     saved = None if start.resume_state is None else read_state(start.resume_state)
-    if saved is not None:
-        fill_model(model, saved.model, str(saved.folder))
-    elif start.weights is not None:
-        missing_ones = model.state_dict() if config.model.interpolate else {}
-        fill_model(model, missing_ones | start.weights, start.source)
+    model = _build_model(config, start, saved)
     wrapped = fabric.setup_module(model)  # before the optimizer: sharding makes new parameters
     optimizer = build_optimizer(
         unwrapped(wrapped).named_parameters(),
@@ -319,6 +338,7 @@ def _build_state(
         eps=o.adam_eps,
         weight_decay=o.weight_decay,
         layerwise_lr=o.layerwise_lr,
+        stage2=o.stage2_lr,
         # torch's fused kernel would unscale fp16 gradients by itself, after they were clipped.
         fused=False if config.device.precision == "fp16" else "auto",
     )
@@ -333,6 +353,25 @@ def _build_state(
     if saved is not None:
         state.restore(saved)
     return state
+
+
+def _build_model(
+    config: TrainConfig, start: StartingPoint, saved: SavedState | None = None
+) -> RWKV7:
+    """The model with the weights that training starts from."""
+    model = build_model(
+        start.model_config,
+        seed=config.output.random_seed,
+        initial_values=saved is None and (start.weights is None or config.model.interpolate),
+    )
+    model.grad_cp = config.device.grad_cp
+    model.backend = config.device.kernel
+    if saved is not None:
+        fill_model(model, saved.model, str(saved.folder))
+    elif start.weights is not None:
+        missing_ones = model.state_dict() if config.model.interpolate else {}
+        fill_model(model, missing_ones | start.weights, start.source)
+    return model
 
 
 @dataclass(frozen=True)
@@ -371,10 +410,11 @@ def _open_data(config: TrainConfig) -> _Data:
         order = PublishedOrder(len(train), d.ctx_len, d.magic_prime)
     elif d.magic_prime:
         raise UserError(
-            f"magic_prime={d.magic_prime} has no meaning for order=shuffled: leave it out"
+            f"magic_prime={d.magic_prime} has no meaning for order={d.order}: leave it out"
         )
     else:
-        order = ShuffledOrder(len(train), d.ctx_len, config.output.random_seed)
+        seeded = ShuffledOrder if d.order == "shuffled" else RandomOrder
+        order = seeded(len(train), d.ctx_len, config.output.random_seed)
     dataset = LMDataset(train.tokens, order, d.ctx_len, d.reset_at_documents)
     tokenizer = load_tokenizer(d.tokenizer) if d.tokenizer else find_tokenizer(train.prefix)
     return _Data(dataset, train, validation, tokenizer)
@@ -413,7 +453,7 @@ def _schedule(config: TrainConfig, plan: Plan, *, restart_step: int) -> Schedule
     length = plan.total_steps * plan.tokens_per_step
     warmup = s.warmup_steps
     if restart_step and warmup < 0:
-        warmup = starting_point.RESTART_WARMUP_STEPS
+        warmup = s.restart_warmup_steps
     return Schedule(
         kind=s.lr_schedule,
         lr_init=s.lr_init,
@@ -424,6 +464,8 @@ def _schedule(config: TrainConfig, plan: Plan, *, restart_step: int) -> Schedule
         decay_share=s.decay_share,
         weight_decay=o.weight_decay,
         weight_decay_final=o.weight_decay_final,
+        hold_steps=s.hold_epochs * plan.epoch_steps,
+        epoch_schedule_steps=plan.epoch_schedule_steps,
         restart_step=restart_step,
     )
 
@@ -433,7 +475,7 @@ def _table(config: TrainConfig, job: _Job) -> list[tuple[str, str]]:
     plan, start, data = job.plan, job.start, job.data
     m, d = start.model_config, config.device
     passes = plan.total_steps * plan.global_bsz / data.dataset.order.num_slots
-    memory = memory_estimate(m, config) / 1e9
+    memory = _gigabytes(memory_estimate(m, config))
     validation = "none" if data.validation is None else f"{len(data.validation):,} tokens"
     return [
         (
@@ -456,11 +498,15 @@ def _table(config: TrainConfig, job: _Job) -> list[tuple[str, str]]:
             f"{start.progress.step:,}",
         ),
         ("passes over data", f"{passes:.2f}"),
-        ("memory", f"about {memory:.2g} GB per device (estimate)"),
+        ("memory", f"about {memory} per device (estimate)"),
         ("kernel", f"wkv7 {job.kernel.backend} ({job.kernel.reason})"),
         ("precision", f"{d.precision}, {torch.get_num_threads()} CPU threads"),
         ("run folder", config.output.proj_dir),
     ]
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
 
 
 def _write_config(config: TrainConfig, model: RWKV7Config, path: Path) -> None:

@@ -25,9 +25,6 @@ DIMENSIONS = (
     "decay_rank", "a_rank", "v_rank", "g_rank",
 )  # fmt: skip
 
-RESTART_WARMUP_STEPS = 10
-"""Warmup of a run that goes on from bare weights when none is asked for (RWKV-LM train_temp)."""
-
 
 @dataclass
 class StartingPoint:
@@ -85,7 +82,23 @@ def _find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) ->
             f"{folder} already holds a run and resume=never: choose another proj_dir, or "
             "--resume auto to go on"
         )
+    if config.output.resume == "required" and not holds_a_run:
+        raise UserError(
+            f"{folder} holds no run to go on with and resume=required: write its rwkv-init.pth "
+            "first (--init_only true, RWKV-LM's stage 1), or check proj_dir"
+        )
     given = config.model.load_model
+    if config.output.init_only:
+        if state or numbered or final.exists():
+            raise UserError(
+                f"{folder} holds a run that has begun, and init_only would give it other initial "
+                "weights: choose another proj_dir, or leave init_only out to go on"
+            )
+        if initial.exists():
+            notes.append(f"{initial} is written anew")
+        if given:
+            return _from_file(config.model, Path(given), notes=notes)
+        return StartingPoint(_fresh_config(config.model, tokenizer), "initial values")
     if state is not None:
         meta = load_resume_meta(state)
         recorded = RWKV7Config(**meta["settings"]["model"])

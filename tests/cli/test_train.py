@@ -181,7 +181,7 @@ REFUSALS = {
     "prime without use": Refusal(
         [*DATA, "--order", "shuffled", "--magic_prime", "29"], "has no meaning for order=shuffled"
     ),
-    "no GPU": Refusal([*DATA, "--accelerator", "gpu"], "sees no GPU; use --accelerator cpu"),
+    "no GPU": Refusal([*DATA, "--accelerator", "cuda"], "sees no GPU; use --accelerator cpu"),
     "fp16": Refusal(
         [*DATA, "--accelerator", "cpu", "--precision", "fp16"], "no loss scaling to keep small"
     ),
@@ -230,7 +230,7 @@ def test_the_config_that_a_run_writes_goes_on_with_it_and_begins_another_like_it
     config = str(folder / "config.yaml")
     capsys.readouterr()
     assert main(["train", "--config", config]) == 0
-    assert "is finished (2 of 2 steps)" in capsys.readouterr().out
+    assert "is finished, at step 2 (2 asked for)" in capsys.readouterr().out
     assert main(["train", "--config", config, "--exit_tokens", "192"]) == 0
     assert "from 2" in capsys.readouterr().out
     shutil.copy(config, tmp_path / "first.yaml")
