@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -54,6 +54,8 @@ class ModelOptions:
     """Low-rank width of the gate (train_temp's formula for a fresh model)."""
     interpolate: bool = False
     """Resize loaded tensors that do not fit the dimensions in the flags, as upstream's stage 1."""
+    load_partial: bool = False
+    """Initial values for tensors that the weights lack, instead of an error."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class ScheduleOptions:
     """Mini-epochs to train; 0 = as many as exit_tokens needs; without exit_tokens one, or, with
     epoch_samples, one pass over the data."""
     exit_tokens: int = 0
-    """Stop after this many training tokens and end the schedule there; 0 = the epochs decide."""
+    """Stop after this many training tokens; the learning rate ends its curve there, even if
+    epoch_count stops the run before. 0 = the epochs decide."""
     lr_schedule: LrSchedule = "cosine"
     """Curve from lr_init to lr_final; wsd = plateau, then decay; wsd_cosine = world_train.py's;
     cosine_exponential_mean = RWKV-LM's for negative exit tokens."""
@@ -273,7 +276,7 @@ class TrainConfig:
         now, default = self.to_flat(), TrainConfig().to_flat()
         falls_by_steps = ("linear", "exponential", "cosine_exponential_mean")
         rules = (
-            (("interpolate",), not now["load_model"], "without load_model"),
+            (("interpolate", "load_partial"), not now["load_model"], "without load_model"),
             (("val_every", "val_windows"), not now["val_data_file"], "without val_data_file"),
             (("sample_prompt", "sample_tokens"), not now["sample_every"], "without sample_every"),
             (
@@ -370,9 +373,14 @@ def _fits(value: object, hint: Any) -> bool:
     return isinstance(value, int | float if hint is float else hint)
 
 
-def unknown_settings(names: Iterable[str]) -> str:
-    """The message about names that are no fields, with the nearest real one to each."""
-    known = [f.name for options in OPTION_GROUPS.values() for f in dataclasses.fields(options)]
+def unknown_settings(
+    names: Iterable[str], *, known: Collection[str] = (), command: str = "rwkvtune train"
+) -> str:
+    """The message about names that are no settings, with the nearest real one to each.
+
+    known: all names that there are; none = the settings.
+    """
+    known = known or setting_types()
     near = {name: difflib.get_close_matches(name, known, n=1) for name in names}
     hints = [f"{name} (did you mean {m[0]}?)" if m else name for name, m in near.items()]
-    return f"unknown settings: {', '.join(hints)}; `rwkvtune train --help` lists all"
+    return f"unknown settings: {', '.join(hints)}; `{command} --help` lists all"

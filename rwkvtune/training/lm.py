@@ -230,7 +230,7 @@ def _prepare(config: TrainConfig, world_size: int, device: torch.device, notes: 
         progress.epoch = start.epochs_behind
         progress.step = progress.restart_step = start.epochs_behind * plan.epoch_steps
         progress.tokens = progress.step * plan.tokens_per_step
-    schedule = _schedule(config, plan, restart_step=start.progress.restart_step)
+    schedule = make_schedule(config, plan, restart_step=start.progress.restart_step)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.device.precision)
     kernel = resolve_wkv7(
         device.type, dtype or torch.float32, start.model_config.head_size, config.device.kernel
@@ -244,7 +244,8 @@ def _write_initial_weights(config: TrainConfig, job: _Job, rows: Sequence[tuple[
     log = RunLog(folder, total_steps=0)
     for note in job.notes:
         log.line(note)
-    log.table([*rows, *_table(config, job)])
+    of_weights = ("model", "parameters", "start", "data", "run folder")
+    log.table([*rows, *(row for row in _table(config, job) if row[0] in of_weights)])
     with RunFolderLock(folder):
         weights = _build_model(config, start).state_dict()
         save_weights(folder / "rwkv-init.pth", weights, dtype=config.output.save_dtype)
@@ -362,15 +363,15 @@ def _build_model(
     model = build_model(
         start.model_config,
         seed=config.output.random_seed,
-        initial_values=saved is None and (start.weights is None or config.model.interpolate),
+        initial_values=saved is None and (start.weights is None or start.has_gaps),
     )
     model.grad_cp = config.device.grad_cp
     model.backend = config.device.kernel
     if saved is not None:
         fill_model(model, saved.model, str(saved.folder))
     elif start.weights is not None:
-        missing_ones = model.state_dict() if config.model.interpolate else {}
-        fill_model(model, missing_ones | start.weights, start.source)
+        initial = model.state_dict() if start.has_gaps else {}
+        fill_model(model, {**initial, **start.weights}, start.source)
     return model
 
 
@@ -448,7 +449,11 @@ def _settings(config: TrainConfig, plan: Plan, model: RWKV7Config, data: _Data) 
     }
 
 
-def _schedule(config: TrainConfig, plan: Plan, *, restart_step: int) -> Schedule:
+def make_schedule(config: TrainConfig, plan: Plan, *, restart_step: int) -> Schedule:
+    """The learning rate of a run.
+
+    restart_step: where it went on from bare weights; 0 = nowhere.
+    """
     s, o = config.schedule, config.optimizer
     length = plan.total_steps * plan.tokens_per_step
     warmup = s.warmup_steps
@@ -459,7 +464,7 @@ def _schedule(config: TrainConfig, plan: Plan, *, restart_step: int) -> Schedule
         lr_init=s.lr_init,
         lr_final=s.lr_final,
         warmup_steps=warmup,
-        total_tokens=min(length, s.exit_tokens or length),
+        total_tokens=s.exit_tokens or length,
         tokens_per_step=plan.tokens_per_step,
         decay_share=s.decay_share,
         weight_decay=o.weight_decay,

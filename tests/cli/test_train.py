@@ -15,11 +15,9 @@ import yaml
 from rwkvtune.checkpoint import save_weights
 from rwkvtune.cli.main import main
 from rwkvtune.cli.train import (
-    config_first,
-    config_from,
     for_launcher,
     make_parser,
-    with_plain_booleans,
+    parse_settings,
 )
 from rwkvtune.data.binidx import BinIdxWriter
 from rwkvtune.errors import UserError
@@ -31,7 +29,7 @@ DEFAULTS = TrainConfig().to_flat()
 
 
 def parse(*argv: str) -> dict[str, Any]:
-    return config_from(make_parser().parse_args(config_first(with_plain_booleans(argv)))).to_flat()
+    return TrainConfig.from_flat(parse_settings(make_parser(), argv)).to_flat()
 
 
 def another(name: str) -> Any:
