@@ -63,9 +63,11 @@ class DataOptions:
     """Data."""
 
     data_file: str = ""
-    """Token file: the prefix of a .bin/.idx pair."""
+    """Token file: the prefix of a .bin/.idx pair; or several with their shares of the windows:
+    a:0.7,b:0.3."""
     val_data_file: str = ""
-    """Token file for validation: another prefix; empty = no validation."""
+    """Token file for validation: another prefix, or several, a,b, whose losses are also told apart
+    (a:0.7,b:0.3 weighs them in their mean); empty = no validation."""
     ctx_len: int = 512
     """Tokens per window."""
     order: Order = "published"

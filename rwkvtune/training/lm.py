@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,13 +17,10 @@ from torch import Tensor, nn
 
 from rwkvtune.checkpoint import save_weights
 from rwkvtune.data.batch import Batch
-from rwkvtune.data.binidx import BinIdx
-from rwkvtune.data.lm_dataset import LMDataset
 from rwkvtune.data.prefetch import prefetched
-from rwkvtune.data.sampler import PublishedOrder, RandomOrder, SampleOrder, ShuffledOrder
-from rwkvtune.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer, save_tokenizer
+from rwkvtune.data.tokenizers import Tokenizer, save_tokenizer
 from rwkvtune.errors import UserError
-from rwkvtune.evaluation.perplexity import evaluate
+from rwkvtune.evaluation.perplexity import evaluate, together
 from rwkvtune.files import RunFolderLock, atomic_write, remove_leftovers
 from rwkvtune.inference.generate import generate
 from rwkvtune.kernels.dispatch import Choice, announce, resolve_wkv7
@@ -40,6 +36,7 @@ from rwkvtune.training.fabric import (
     planned_world_size,
     unwrapped,
 )
+from rwkvtune.training.lm_data import LMData, open_data
 from rwkvtune.training.log import RunLog
 from rwkvtune.training.loop import fit
 from rwkvtune.training.memory import PeakMemory, keep_freed_memory
@@ -55,7 +52,7 @@ SAMPLE_TEMPERATURE = 0.8
 class LanguageModelRecipe:
     """Next-token prediction on windows of one token stream."""
 
-    def __init__(self, config: TrainConfig, plan: Plan, data: _Data, fabric: Any) -> None:
+    def __init__(self, config: TrainConfig, plan: Plan, data: LMData, fabric: Any) -> None:
         self.config, self.plan, self.data, self.fabric = config, plan, data, fabric
         self.measured: dict[str, float] = {}
         """The latest validation."""
@@ -88,26 +85,35 @@ class LanguageModelRecipe:
         return loss_sum, batch.target_tokens, None, {}
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        if self.data.validation is None:
+        sources = self.data.validation
+        if not sources:
             return {}
         tokenizer, ranks = self.data.tokenizer, self.plan.world_size
-        found = evaluate(
-            model,
-            self.data.validation.tokens,
-            ctx_len=self.plan.ctx_len,
-            batch_size=self.plan.micro_bsz,
-            device=self.fabric.device,
-            loss_head=partial(head_cross_entropy, l2wrap=0.0),
-            max_windows=self.config.output.val_windows,
-            byte_lengths=None if tokenizer is None else tokenizer.token_byte_lengths(),
-            reset_at_documents=self.config.data.reset_at_documents,
-            rank=self.fabric.global_rank,
-            world_size=ranks,
-            sum_over_ranks=None if ranks == 1 else partial(self.fabric.all_reduce, reduce_op="sum"),
-        )
-        self.measured = {"val_loss": found.loss, "val_perplexity": found.perplexity}
-        if found.bits_per_byte is not None:
-            self.measured["val_bits_per_byte"] = found.bits_per_byte
+        found = [
+            evaluate(
+                model,
+                source.tokens,
+                ctx_len=self.plan.ctx_len,
+                batch_size=self.plan.micro_bsz,
+                device=self.fabric.device,
+                loss_head=partial(head_cross_entropy, l2wrap=0.0),
+                max_windows=self.config.output.val_windows,
+                byte_lengths=None if tokenizer is None else tokenizer.token_byte_lengths(),
+                reset_at_documents=self.config.data.reset_at_documents,
+                rank=self.fabric.global_rank,
+                world_size=ranks,
+                sum_over_ranks=(
+                    None if ranks == 1 else partial(self.fabric.all_reduce, reduce_op="sum")
+                ),
+            )
+            for source in sources
+        ]
+        whole = together(found, self.data.validation_weights)
+        self.measured = {"val_loss": whole.loss, "val_perplexity": whole.perplexity}
+        if whole.bits_per_byte is not None:
+            self.measured["val_bits_per_byte"] = whole.bits_per_byte
+        losses = [part.loss for part in found]
+        self.measured |= dict(zip(self.data.validation_columns, losses, strict=False))
         return self.measured
 
     def sample(self, model: nn.Module, step: int) -> str | None:
@@ -194,7 +200,7 @@ def train_language_model(
 class _Job:
     """A run that nothing speaks against, before anything of it exists."""
 
-    data: _Data
+    data: LMData
     start: StartingPoint
     plan: Plan
     settings: dict[str, Any]
@@ -211,12 +217,12 @@ class _Job:
 
 def _prepare(config: TrainConfig, world_size: int, device: torch.device, notes: list[str]) -> _Job:
     """Look at all that the run needs, and raise UserError for what is wrong; writes nothing."""
-    data = _open_data(config)
+    data = open_data(config)
     start = starting_point.find(config, data.tokenizer, notes)
     data.check(start.model_config.vocab_size)
     _check_sampling(config, data.tokenizer, start.model_config.vocab_size, notes)
     notes += config.without_effect()
-    plan = make_plan(config, world_size=world_size, num_slots=data.dataset.order.num_slots)
+    plan = make_plan(config, world_size=world_size, num_slots=data.dataset.num_slots)
     settings = _settings(config, plan, start.model_config, data)
     if start.resume_state is not None:
         refused = start.problems + changes_refused(start.settings, settings)
@@ -265,6 +271,7 @@ def _run(
         folder,
         total_steps=plan.total_steps,
         log_every=config.output.log_every,
+        extra_columns=job.data.validation_columns,
         is_rank_zero=is_zero,
         tensorboard=config.output.tensorboard,
         wandb_project=config.output.wandb,
@@ -375,52 +382,6 @@ def _build_model(
     return model
 
 
-@dataclass(frozen=True)
-class _Data:
-    dataset: LMDataset
-    train: BinIdx
-    validation: BinIdx | None
-    tokenizer: Tokenizer | None
-
-    def check(self, vocab_size: int) -> None:
-        """UserError for an id that the model has no row for, and for validation data that nothing
-        could be measured on."""
-        self.train.check_ids(vocab_size)
-        if self.validation is None:
-            return
-        if len(self.validation) < 2:
-            raise UserError(f"{self.validation.bin_path}: one token is too little to validate on")
-        if self.tokenizer is not None:  # it tells the bytes of each token
-            vocab_size = min(vocab_size, self.tokenizer.vocab_size)
-        self.validation.check_ids(vocab_size)
-
-    @property
-    def fingerprint(self) -> str:
-        """Tells other data under the same name: length, and a checksum over both ends."""
-        tokens, part = self.train.tokens, 2**19
-        crc = zlib.crc32(tokens[:part].tobytes(), zlib.crc32(tokens[-part:].tobytes()))
-        return f"{len(tokens)} tokens, crc32 {crc:08x}"
-
-
-def _open_data(config: TrainConfig) -> _Data:
-    d = config.data
-    train = BinIdx(d.data_file)
-    validation = BinIdx(d.val_data_file) if d.val_data_file else None
-    order: SampleOrder
-    if d.order == "published":
-        order = PublishedOrder(len(train), d.ctx_len, d.magic_prime)
-    elif d.magic_prime:
-        raise UserError(
-            f"magic_prime={d.magic_prime} has no meaning for order={d.order}: leave it out"
-        )
-    else:
-        seeded = ShuffledOrder if d.order == "shuffled" else RandomOrder
-        order = seeded(len(train), d.ctx_len, config.output.random_seed)
-    dataset = LMDataset(train.tokens, order, d.ctx_len, d.reset_at_documents)
-    tokenizer = load_tokenizer(d.tokenizer) if d.tokenizer else find_tokenizer(train.prefix)
-    return _Data(dataset, train, validation, tokenizer)
-
-
 def _check_sampling(
     config: TrainConfig, tokenizer: Tokenizer | None, vocab_size: int, notes: list[str]
 ) -> None:
@@ -438,7 +399,7 @@ def _check_sampling(
         )
 
 
-def _settings(config: TrainConfig, plan: Plan, model: RWKV7Config, data: _Data) -> dict[str, Any]:
+def _settings(config: TrainConfig, plan: Plan, model: RWKV7Config, data: LMData) -> dict[str, Any]:
     """What a resume compares: the flags, with what was left open replaced by what it came to."""
     flags = {k: v for k, v in config.to_flat().items() if k not in starting_point.DIMENSIONS}
     return flags | {
@@ -479,9 +440,7 @@ def _table(config: TrainConfig, job: _Job) -> list[tuple[str, str]]:
     """What the run prints at its start."""
     plan, start, data = job.plan, job.start, job.data
     m, d = start.model_config, config.device
-    passes = plan.total_steps * plan.global_bsz / data.dataset.order.num_slots
     memory = _gigabytes(memory_estimate(m, config))
-    validation = "none" if data.validation is None else f"{len(data.validation):,} tokens"
     return [
         (
             "model",
@@ -490,8 +449,8 @@ def _table(config: TrainConfig, job: _Job) -> list[tuple[str, str]]:
         ),
         ("parameters", f"{m.num_parameters:,}"),
         ("start", start.source),
-        ("data", f"{data.train.prefix}: {len(data.train):,} tokens, order {config.data.order}"),
-        ("validation", validation),
+        ("data", f"{data.training_in_words()}, order {config.data.order}"),
+        ("validation", data.validation_in_words()),
         (
             "tokens per step",
             f"{plan.tokens_per_step:,} = {plan.world_size} device(s) x micro_bsz {plan.micro_bsz} "
@@ -502,7 +461,7 @@ def _table(config: TrainConfig, job: _Job) -> list[tuple[str, str]]:
             f"{plan.total_steps:,}, {plan.epoch_steps:,} per mini-epoch, from "
             f"{start.progress.step:,}",
         ),
-        ("passes over data", f"{passes:.2f}"),
+        ("passes over data", data.passes_in_words(plan.total_steps * plan.global_bsz)),
         ("memory", f"about {memory} per device (estimate)"),
         ("kernel", f"wkv7 {job.kernel.backend} ({job.kernel.reason})"),
         ("precision", f"{d.precision}, {torch.get_num_threads()} CPU threads"),
