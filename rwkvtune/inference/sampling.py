@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from rwkvtune.errors import UserError
+from rwkvtune.inference.settings import check_settings
 
 
 def sample(
@@ -58,30 +57,3 @@ def sample(
     probabilities[:, 1:].masked_fill_(before[:, 1:] >= top_p, 0)
     place = torch.multinomial(probabilities, 1, generator=generator)
     return ids.gather(-1, place)[:, 0]
-
-
-def check_settings(
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-) -> None:
-    """UserError for values that `sample` cannot use."""
-    if not 0 <= temperature < math.inf:
-        raise UserError(
-            f"temperature is {temperature}: give 0 (always the likeliest token) or more"
-        )
-    if top_k < 0:
-        raise UserError(f"top_k is {top_k}: give a number of tokens, or 0 for all")
-    if not 0 < top_p <= 1:
-        raise UserError(
-            f"top_p is {top_p}: give a probability above 0, at most 1 (1 = all tokens); "
-            "for the likeliest token only, give temperature 0"
-        )
-    for name, value in (
-        ("presence_penalty", presence_penalty),
-        ("frequency_penalty", frequency_penalty),
-    ):
-        if not math.isfinite(value):
-            raise UserError(f"{name} is {value}: give a number, or 0 for none")
