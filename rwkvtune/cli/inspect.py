@@ -17,7 +17,7 @@ from rwkvtune.cli.weights import header_of, version_of
 from rwkvtune.errors import UserError
 from rwkvtune.models import CONFIGS, RWKV7Config, config_from_shapes
 from rwkvtune.models.rwkv7.config import UNUSED
-from rwkvtune.training.config import TrainConfig
+from rwkvtune.training.config import ModelOptions, TrainConfig
 from rwkvtune.weights_header import TensorInfo, WeightsHeader, newest_weights
 
 ABOUT = """Tell what a weights file holds: version, dimensions, ranks, types, parameters, and
@@ -29,7 +29,6 @@ settings to train it further. Only names and shapes are read, so a file of any s
 FILE may be a run folder: then its newest weights are told, and what else is there."""
 
 FLOATS = ("fp64", "fp32", "fp16", "bf16")
-RANKS = ("decay", "a", "v", "g")
 SHOWN_ODD_TENSORS = 5
 
 
@@ -103,9 +102,10 @@ def weights_facts(path: Path, header: WeightsHeader, *, ctx_len: int | None) -> 
         facts["odd"] = [str(error)]
         return facts
     sizes = dataclasses.asdict(config)
-    ranks = {rank: sizes.pop(f"{rank}_rank") for rank in RANKS if f"{rank}_rank" in sizes}
-    facts["dimensions"] = sizes | {"num_heads": config.num_heads}
-    facts["ranks"] = ranks
+    ranks = {name: size for name, size in sizes.items() if name.endswith("_rank")}
+    others = {name: size for name, size in sizes.items() if name not in ranks}
+    facts["dimensions"] = others | {"num_heads": config.num_heads}
+    facts["ranks"] = {name.removesuffix("_rank"): size for name, size in ranks.items()}
     facts["unused"] = sorted(UNUSED & tensors.keys())
     facts["odd"] = odd_tensors(tensors, CONFIGS[found.version].tensor_shapes(config))
     if not facts["odd"]:
@@ -174,15 +174,16 @@ def settings_to_train_further(path: Path, parameters: int, ctx_len: int | None) 
     return settings | ({"grad_cp": True} if billions >= 1 else {})
 
 
-def flags_of_a_fresh_model(config: RWKV7Config) -> dict[str, int]:
-    """The dimensions that `rwkvtune train` has to be told for another model of this shape."""
+def flags_of_a_fresh_model(config: RWKV7Config) -> dict[str, int | str]:
+    """What `rwkvtune train` has to be told for another model of this shape."""
     sizes = dataclasses.asdict(config)
     told = ("n_layer", "n_embd", "vocab_size", "head_size")
     defaults = dataclasses.asdict(type(config)(**{name: sizes[name] for name in told}))
     defaults["head_size"] = RWKV7Config.head_size
-    return {n: sizes[n] for n in told[:3]} | {
-        n: size for n, size in sizes.items() if n not in told[:3] and size != defaults[n]
-    }
+    version = {} if config.version == ModelOptions.version else {"version": config.version}
+    shape = {name: sizes[name] for name in told[:3]}
+    rest = {n: size for n, size in sizes.items() if n not in shape and size != defaults[n]}
+    return version | shape | rest
 
 
 def weights_text(facts: Mapping[str, Any]) -> str:
@@ -235,7 +236,7 @@ rwkvtune train {flags} --data_file ... --proj_dir ...
 
 def run_facts(folder: Path) -> dict[str, Any]:
     """What a run folder holds beside the weights: its files and their sizes, the steps of its
-    resume states (told by their names), and the settings that are not left at their defaults."""
+    resume states (told by their names), and its settings."""
     steps = [re.fullmatch(r"step-(\d{8,})", path.name) for path in folder.glob("resume/step-*")]
     return {
         "folder": str(folder),
@@ -258,18 +259,16 @@ def run_settings(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    defaults = TrainConfig().to_flat()
-    settings = content.items() if isinstance(content, dict) else ()
-    return {name: value for name, value in settings if value != defaults.get(name)}
+    return content if isinstance(content, dict) else {}
 
 
 def run_text(run: Mapping[str, Any]) -> str:
-    steps = run["resume_steps"]
+    steps, defaults = run["resume_steps"], TrainConfig().to_flat()
+    changed = [f"{n} {value}" for n, value in run["settings"].items() if value != defaults.get(n)]
     lists = {
         "files": ", ".join(f"{name} ({in_short(n)}B)" for name, n in run["files"].items()),
         "resume": f"states at steps {', '.join(map(str, steps))}" if steps else "no states",
-        "settings": ", ".join(f"{name} {value}" for name, value in run["settings"].items())
-        or "no config.yaml",
+        "settings": ", ".join(changed) or "all at their defaults",
     }
     return aligned([("run folder", run["folder"])]) + aligned(lists.items(), width=100)
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from rwkvtune.models.rwkv7.model import RWKV7
 
 
+_PER_CHANNEL = (".r_k", ".time_decay", ".time_faaaa")
+"""Vectors that are stored with a row for each head: no matrices."""
+
+
 def load_model(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> RWKV7:
@@ -41,10 +45,9 @@ def _prepare_matrices(model: nn.Module, dtype: torch.dtype) -> None:
     [768, 768], but slower at [768, 3072]; in bf16 slower everywhere. Many tokens: no difference.
     """
     for name, parameter in model.named_parameters():
-        if parameter.squeeze().dim() < 2 or name == "emb.weight" or name.endswith(".r_k"):
+        if parameter.squeeze().dim() < 2 or name == "emb.weight" or name.endswith(_PER_CHANNEL):
             continue
-        rows, columns = parameter.shape
-        if dtype == torch.float32 and rows >= columns and name.endswith(".weight"):
-            parameter.data = torch.empty(columns, rows).t()
-        else:
+        if dtype != torch.float32:
             parameter.data = parameter.data.to(dtype)
+        elif name.endswith(".weight") and parameter.shape[0] >= parameter.shape[1]:
+            parameter.data = torch.empty(parameter.shape[::-1]).T
