@@ -15,6 +15,8 @@ from rwkvtune.errors import UserError, report
 
 COMMANDS = {
     "demo": "train a small RWKV-7 on a bundled text, on the CPU, in minutes",
+    "generate": "let a model write, from a prompt or from nothing",
+    "inspect": "tell what a weights file or a run folder holds",
     "train": "pretrain a language model, or go on with a run (rwkvtune train --help)",
 }
 """Each is a module of this folder with a `main(argv) -> exit code`, loaded only when called."""

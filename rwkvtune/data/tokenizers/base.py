@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +24,9 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     """Rows that a model for it needs; every id is below."""
+
+    unused_ids: Collection[int]
+    """Ids that stand for no text and that no text gives, END_OF_DOCUMENT apart."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, which decode back to exactly it; UserError when that is not possible."""
@@ -50,6 +53,7 @@ class TableTokenizer:
     """
 
     name: str
+    unused_ids: Collection[int] = ()
 
     def __init__(self, table: Sequence[bytes]) -> None:
         self.vocab_size = len(table)

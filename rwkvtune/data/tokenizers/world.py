@@ -30,7 +30,8 @@ class WorldTokenizer(TableTokenizer):
         from pyrwkv_tokenizer import RWKVTokenizer
 
         self._rust = RWKVTokenizer()
-        super().__init__(_read_vocabulary(self._rust.vocab_filepath))
+        table, self.unused_ids = _read_vocabulary(self._rust.vocab_filepath)
+        super().__init__(table)
 
     def encode(self, text: str) -> list[int]:
         wanted = utf8(text)
@@ -53,9 +54,9 @@ class WorldTokenizer(TableTokenizer):
         return {"kind": self.name}
 
 
-def _read_vocabulary(path: str) -> list[bytes]:
+def _read_vocabulary(path: str) -> tuple[list[bytes], list[int]]:
     """Bytes of every id below MODEL_ROWS, from lines `<id> <str or bytes literal> <length in
-    bytes>`.
+    bytes>`, and the ids that have none.
     """
     with open(path, encoding="utf-8") as file:
         lines = file.read().splitlines()
@@ -67,4 +68,4 @@ def _read_vocabulary(path: str) -> list[bytes]:
     table = [b"", *[_NO_TOKEN] * (MODEL_ROWS - 1)]
     for id, literal in zip(ids, literals, strict=True):
         table[id] = literal.encode() if isinstance(literal, str) else literal
-    return table
+    return table, sorted(set(range(1, MODEL_ROWS)) - set(ids))
