@@ -16,6 +16,8 @@ from rwkvtune.errors import UserError, report
 COMMANDS = {
     "data": "make token files from text, or look into them (rwkvtune data --help)",
     "demo": "train a small RWKV-7 on a bundled text, on the CPU, in minutes",
+    "generate": "let a model write, from a prompt or from nothing",
+    "inspect": "tell what a weights file or a run folder holds",
     "train": "pretrain a language model, or go on with a run (rwkvtune train --help)",
 }
 """Each is a module of this folder with a `main(argv) -> exit code`, loaded only when called."""
@@ -54,11 +56,25 @@ def guarded(name: str, args: list[str]) -> int:
     try:
         command: Callable[[list[str]], int] = importlib.import_module(f"rwkvtune.cli.{name}").main
         return command(args)
+    except ModuleNotFoundError as error:
+        if (error.name or "rwkvtune").startswith("rwkvtune"):
+            raise
+        return report(
+            UserError(
+                f"{sys.executable} has no package {error.name}: use .venv/bin/python, which `make "
+                "venv` makes, or `pip install .` in the clone with this Python"
+            )
+        )
     except (UserError, KeyboardInterrupt) as error:
         return report(error)
     finally:
         for number, answer in before.items():
             signal.signal(number, answer)
+
+
+def run_door(name: str) -> int:
+    """What a published program in the root folder calls: the module of this folder of that name."""
+    return guarded(name, sys.argv[1:])
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -1,9 +1,13 @@
-"""How a CPU run gets its memory."""
+"""How a CPU run gets its memory, and how much a run has used."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
+from pathlib import Path
+
+import torch
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 """Settings of glibc's mallopt (malloc.h)."""
@@ -23,3 +27,36 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TOP_PAD, 64 << 20)
+
+
+class PeakMemory:
+    """The most memory that this process uses.
+
+    On a GPU, what torch has allocated there. On Linux, the process's peak; of files that are mapped
+    into it only those that were when this was made, which are libraries: the pages of token files
+    can be dropped at any time.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        self.device_type = device_type
+        if device_type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self._files_before = _bytes_of("RssFile")
+        self.before = 0 if device_type == "cuda" else _bytes_of("VmRSS")
+        """Bytes that were in use when this was made; 0 where the system does not tell."""
+
+    def used(self) -> int | None:
+        """Bytes; None where the system does not tell."""
+        if self.device_type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        if not self.before:
+            return None
+        return _bytes_of("VmHWM") - _bytes_of("RssFile") + self._files_before
+
+
+def _bytes_of(name: str) -> int:
+    """A line of Linux's account of this process; 0 elsewhere."""
+    status = Path("/proc/self/status")
+    text = status.read_text() if status.exists() else ""
+    found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0

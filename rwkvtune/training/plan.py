@@ -19,6 +19,8 @@ class Plan:
     accumulate: int
     ctx_len: int
     epoch_steps: int
+    epoch_schedule_steps: int
+    """Length that the mini-epochs alone give; total_steps may be less because of exit_tokens."""
     total_steps: int
 
     @property
@@ -40,8 +42,15 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int) -> Plan:
     s = config.schedule
     global_bsz = world_size * s.micro_bsz * s.accumulate_grad_batches
     tokens_per_step = global_bsz * config.data.ctx_len
-    epoch_steps = s.epoch_steps or num_slots // global_bsz
-    if epoch_steps == 0:
+    pass_steps = num_slots // global_bsz
+    epoch_steps = s.epoch_steps or s.epoch_samples // global_bsz or pass_steps
+    if 0 < s.epoch_samples < global_bsz:
+        raise UserError(
+            f"epoch_samples={s.epoch_samples} is less than one step of {global_bsz} windows: use a "
+            "smaller batch or a longer mini-epoch"
+        )
+    length_is_open = not (s.exit_tokens or s.epoch_count or s.epoch_steps)
+    if epoch_steps == 0 or (length_is_open and pass_steps == 0):
         raise UserError(
             f"one pass over this data is {num_slots} windows of {config.data.ctx_len} tokens, less "
             f"than one step of {global_bsz} (micro_bsz {s.micro_bsz} x accumulate_grad_batches "
@@ -49,34 +58,45 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int) -> Plan:
             "or set epoch_steps to go over it several times"
         )
     by_tokens = -(-s.exit_tokens // tokens_per_step)
-    by_epochs = (s.epoch_count or (0 if by_tokens else 1)) * epoch_steps
-    total_steps = min(n for n in (by_tokens, by_epochs) if n)
+    by_epochs = s.epoch_count * epoch_steps
+    # What the data decides: one pass, as upstream in whole mini-epochs where there are any.
+    one_pass = num_slots // s.epoch_samples * epoch_steps if s.epoch_samples else epoch_steps
+    total_steps = min((n for n in (by_tokens, by_epochs) if n), default=one_pass or pass_steps)
     return Plan(
         world_size,
         s.micro_bsz,
         s.accumulate_grad_batches,
         config.data.ctx_len,
         epoch_steps,
+        by_epochs or one_pass or pass_steps,
         total_steps,
     )
 
 
-def memory_estimate(model: RWKV7Config, config: TrainConfig) -> int:
-    """Bytes of one device while it trains, roughly: weights, gradients, Adam's moments and
-    activations, nothing sharded.
+def memory_estimate(model: RWKV7Config, config: TrainConfig, device_type: str) -> int:
+    """Bytes that training adds to one device: weights, gradients, Adam's moments and activations,
+    nothing sharded.
 
-    Counted per token and layer from what the blocks keep for their backward pass (see the fused
-    pieces in kernels/), in the compute type; with grad_cp only block inputs stay. On a CPU it came
-    within 20 % of what five runs used (L4 D256 and D768, bf16 and fp32).
+    Activations are counted per token and layer from what the blocks keep for their backward pass
+    (see the fused pieces in kernels/), in the compute type; with grad_cp only block inputs stay. On
+    a CPU the heap holds more than is alive: freed blocks are kept (see training/memory.py), and
+    aligned ones fit each other badly. What it comes to was fitted to 17 runs with 2 to 24 layers;
+    benchmarks/run.py compares it with runs of other sizes.
     """
-    size = 2 if config.device.precision in ("bf16", "fp16") else 4
-    parameters = model.num_parameters
-    fixed = parameters * 16 + (parameters * size if size == 2 else 0)
-    C, tokens = model.n_embd, config.schedule.micro_bsz * config.data.ctx_len
-    block = tokens * (28 * C * size + 2 * model.dim_ffn * size + 2 * C * 4)
+    is_half = config.device.precision in ("bf16", "fp16")
+    size = 2 if is_half else 4
+    L, C = model.n_layer, model.n_embd
+    tokens = config.schedule.micro_bsz * config.data.ctx_len
     residual = tokens * C * 4 * 2
-    kept = residual if config.device.grad_cp else block
-    blocks = kept * model.n_layer + block  # one more for what a block's backward makes
+    block = tokens * (28 * C * size + 2 * model.dim_ffn * size + 2 * C * 4)
     rows = config.optimizer.head_chunk or max(1, LOGITS_IN_MEMORY // model.vocab_size)
     head = min(rows, tokens) * model.vocab_size * size + model.vocab_size * C * 4
-    return fixed + blocks + head
+    weights = model.num_parameters * 16
+    on_cpu, grad_cp = device_type == "cpu", config.device.grad_cp
+    if grad_cp:
+        blocks = (2.6 + (0.1 if is_half else 0.35) * L) if on_cpu else 2.0
+    elif on_cpu:
+        blocks = 1.5 + 1.33 * L if is_half else 1.0 + 1.15 * L
+    else:
+        blocks = 1.0 + L
+    return int(weights + head + blocks * block + (residual * L if grad_cp else 0))

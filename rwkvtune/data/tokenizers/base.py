@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import count
 from typing import Any, NamedTuple, Protocol
@@ -52,6 +52,9 @@ class Tokenizer(Protocol):
     vocab_size: int
     """Rows that a model for it needs; every id is below."""
 
+    unused_ids: Collection[int]
+    """Ids that stand for no text and that no text gives, END_OF_DOCUMENT apart."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text, which decode back to exactly it; UserError when that is not possible."""
 
@@ -90,6 +93,7 @@ class TableTokenizer:
     """
 
     name: str
+    unused_ids: Collection[int] = ()
 
     def __init__(self, table: Sequence[bytes]) -> None:
         self.vocab_size = len(table)

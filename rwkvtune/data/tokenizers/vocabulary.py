@@ -22,8 +22,7 @@ import numpy as np
 from rwkvtune.data.tokenizers.base import END_OF_DOCUMENT, TableTokenizer
 from rwkvtune.errors import MissingFileError, UserError
 
-NO_TOKEN = "\N{REPLACEMENT CHARACTER}".encode()
-"""What ids without a token decode to."""
+_NO_TOKEN = "\N{REPLACEMENT CHARACTER}".encode()
 
 _LINE = re.compile(
     r"""\s*(?P<id>\d+)\s+(?P<literal>(?P<prefix>[A-Za-z]{0,2})
@@ -46,9 +45,7 @@ class VocabularyTokenizer(TableTokenizer):
 
     def __init__(self, tokens: Mapping[int, bytes]) -> None:
         self.tokens = dict(sorted(tokens.items()))
-        table = [b"", *[NO_TOKEN] * max(self.tokens)]
-        for id, token in self.tokens.items():
-            table[id] = token
+        table, self.unused_ids = table_of(self.tokens, max(self.tokens) + 1)
         super().__init__(table)
         self._matcher: Matcher | None = None
 
@@ -210,6 +207,14 @@ def _literal(parts: re.Match[str], here: str) -> bytes:
             f"{here}: {parts['literal'][:60]} is no Python string of Unicode text or bytes "
             f"({error})."
         ) from None
+
+
+def table_of(tokens: Mapping[int, bytes], num_rows: int) -> tuple[list[bytes], list[int]]:
+    """The bytes of ids 0 to num_rows - 1, and the ids that stand for no text (they decode to
+    U+FFFD).
+    """
+    unused = [id for id in range(1, num_rows) if id not in tokens]
+    return [b"", *(tokens.get(id, _NO_TOKEN) for id in range(1, num_rows))], unused
 
 
 def vocabulary_lines(tokens: Mapping[int, bytes]) -> list[str]:

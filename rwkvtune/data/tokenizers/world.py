@@ -10,10 +10,10 @@ from typing import Any
 
 from rwkvtune.data.tokenizers.base import TableTokenizer
 from rwkvtune.data.tokenizers.vocabulary import (
-    NO_TOKEN,
     read_vocabulary,
     rust_encode,
     rust_tokenizer,
+    table_of,
 )
 
 MODEL_ROWS = 65536
@@ -31,10 +31,8 @@ class WorldTokenizer(TableTokenizer):
     name = "world"
 
     def __init__(self) -> None:
-        table = [b"", *[NO_TOKEN] * (MODEL_ROWS - 1)]
         path = str(files("pyrwkv_tokenizer") / "rwkv_vocab_v20230424.txt")
-        for id, token in read_vocabulary(path).items():
-            table[id] = token
+        table, self.unused_ids = table_of(read_vocabulary(path), MODEL_ROWS)
         super().__init__(table)
         self._rust: Any = None
 

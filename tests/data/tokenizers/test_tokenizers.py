@@ -95,6 +95,7 @@ def test_a_character_cut_by_a_token_border_is_whole_again_in_the_bytes(world: To
 
 def test_world_ids_without_a_token_decode_to_a_visible_mark(world: Tokenizer) -> None:
     assert world.decode([65530, *world.encode("a"), 65535]) == "\ufffda\ufffd"
+    assert list(world.unused_ids) == [*range(65530, 65536)]
 
 
 @pytest.mark.parametrize("bad", [-1, 65536, 10**12])
