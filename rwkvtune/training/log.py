@@ -42,6 +42,14 @@ METRICS_NEED = ("step", "loss")
 PER_SOURCE = "val_loss/"
 """How the columns begin that a run with several sources of validation data adds behind val_loss."""
 
+LAYER_COLUMNS = (
+    "step", "layer", "att_grad_norm", "ffn_grad_norm", "decay_min", "decay_mean", "decay_max",
+)  # fmt: skip
+"""Columns of layers.csv: a row per block of each step on the cadence. Norms before clipping; what
+they and the decays are is said by `layer_stats.layer_statistics`."""
+
+LAYERS_NEED = ("step", "layer")
+
 Row = Mapping[str, float | None]
 """Values of one step by column name; "step" is always there, other columns may be missing."""
 
@@ -117,6 +125,9 @@ class RunLog:
         self._metrics = StepTable(
             self.folder / "metrics.csv", self.columns, needed=METRICS_NEED, last_step=step
         )
+        self._layers: StepTable | None = None
+        if (self.folder / "layers.csv").exists():
+            self._layers = self._layer_table(last_step=step)
         self._train_log = TrainLogFile(self.folder / "train_log.txt", next_epoch=epoch)
         self._train_log.begin_run(timestamp, arguments)
         self._times.append((step, time.monotonic()))
@@ -125,8 +136,23 @@ class RunLog:
         """True when `step(row)` would write the row of this step; others need no loss value."""
         if not self.is_active:
             return False
-        on_cadence = step % self.log_every == 0 or step >= self.total_steps
-        return on_cadence or self._validated.get("step") == step
+        return self.is_on_cadence(step) or self._validated.get("step") == step
+
+    def is_on_cadence(self, step: int) -> bool:
+        """True, on every rank alike, for each log_every-th step and the last one."""
+        return step % self.log_every == 0 or step >= self.total_steps
+
+    def layers(self, step: int, blocks: Sequence[Row]) -> None:
+        """Report what each block did in `step`, first to last: columns of LAYER_COLUMNS but step
+        and layer. Call it before `step` of that number."""
+        if not self.is_active or not blocks:
+            return
+        if self._layers is None:
+            self._layers = self._layer_table(last_step=step)
+        rows = [{"step": step, "layer": layer, **block} for layer, block in enumerate(blocks)]
+        self._layers.append(*rows)
+        for tracker in self._trackers:
+            tracker.record({"step": step, **_by_layer(blocks)})
 
     def step(self, row: Row) -> None:
         """Report an optimizer step, together with a validation of the same step."""
@@ -200,6 +226,10 @@ class RunLog:
         while self._trackers:
             self._trackers.pop().close()
 
+    def _layer_table(self, *, last_step: int) -> StepTable:
+        path = self.folder / "layers.csv"
+        return StepTable(path, LAYER_COLUMNS, needed=LAYERS_NEED, last_step=last_step)
+
     def _record(self, row: Row) -> None:
         self._metrics.append(row)
         for tracker in self._trackers:
@@ -254,10 +284,14 @@ class StepTable:
         if not path.exists() or path.read_bytes() != content:
             atomic_write(path, lambda file: file.write(content))
 
-    def append(self, row: Row) -> None:
-        unknown = set(row) - set(self.columns)
-        assert not unknown, f"{self.path.name} has no columns {unknown}"
-        _append(self.path, _csv_line([_csv_value(name, row.get(name)) for name in self.columns]))
+    def append(self, *rows: Row) -> None:
+        """Add rows in one write."""
+        lines = []
+        for row in rows:
+            unknown = set(row) - set(self.columns)
+            assert not unknown, f"{self.path.name} has no columns {unknown}"
+            lines.append(_csv_line([_csv_value(name, row.get(name)) for name in self.columns]))
+        _append(self.path, "".join(lines))
 
 
 class TrainLogFile:
@@ -530,11 +564,23 @@ def _csv_value(name: str, value: float | None) -> str:
     """Losses, rates and norms keep every digit, so that two runs can be compared exactly."""
     if value is None:
         return ""
-    if name in ("step", "epoch", "tokens"):
+    if name in ("step", "epoch", "tokens", "layer"):
         return str(int(value))
     if name in ("tokens_per_s", "seconds"):
         return f"{value:.3f}"
+    if name in LAYER_COLUMNS:  # many rows, and nobody compares them to the last bit
+        return f"{value:.6g}"
     return repr(float(value))
+
+
+def _by_layer(blocks: Sequence[Row]) -> dict[str, float | None]:
+    """One flat mapping of names such as layers/03/att_grad_norm, which sort by depth."""
+    width = max(2, len(str(len(blocks) - 1)))
+    return {
+        f"layers/{layer:0{width}}/{name}": value
+        for layer, block in enumerate(blocks)
+        for name, value in block.items()
+    }
 
 
 def _exp(x: float) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from rwkvtune.errors import UserError
-from rwkvtune.training.log import RunLog, _duration, _short_number, read_metrics
+from rwkvtune.training.log import RunLog, _by_layer, _duration, _short_number, read_metrics
 
 HEADER = (
     "step,epoch,tokens,loss,val_loss,val_perplexity,val_bits_per_byte,"
@@ -56,6 +56,8 @@ def train(folder: Path, first: int, last: int, *, first_epoch: int, total: int =
     for step in range(first, last + 1):
         if step % 3 == 0:
             log.validation({"step": step, "val_loss": loss_at(step) + 0.1})
+        if step % 2 == 0:
+            log.layers(step, [{"att_grad_norm": step / 3, "decay_max": 0.99}, {"decay_min": 0.6}])
         log.step(row(step))
         if step % 4 == 0:
             epoch = step // 4 - 1
@@ -166,7 +168,8 @@ def test_after_a_resume_the_files_read_as_if_the_run_had_never_stopped(
     train(whole, 1, 12, first_epoch=0)
     train(resumed, 1, killed_at, first_epoch=0)  # the last save was after step 5, in epoch 1
     train(resumed, 6, 12, first_epoch=1)
-    assert (resumed / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    for name in ("metrics.csv", "layers.csv"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
     assert epoch_lines(resumed) == epoch_lines(whole)
     text = (resumed / "train_log.txt").read_text()
     assert text.count("NEW RUN") == 2
@@ -181,7 +184,21 @@ def test_a_run_that_goes_on_with_more_steps_keeps_all_it_had(tmp_path: Path) -> 
     assert [line[0] for line in epoch_lines(tmp_path)] == ["0", "1", "2", "3"]
 
 
-@pytest.mark.parametrize("name", ["metrics.csv", "train_log.txt"])
+def test_layers_have_a_row_each_and_their_names_sort_by_depth(tmp_path: Path) -> None:
+    train(tmp_path, 1, 2, first_epoch=0)
+    assert (tmp_path / "layers.csv").read_text().splitlines() == [
+        "step,layer,att_grad_norm,ffn_grad_norm,decay_min,decay_mean,decay_max",
+        "2,0,0.666667,,,,0.99",
+        "2,1,,,0.6,,",
+    ]
+    assert list(_by_layer([{"decay_min": 0.6}] * 2)) == [
+        "layers/00/decay_min", "layers/01/decay_min",
+    ]  # fmt: skip
+    names = list(_by_layer([{"decay_min": 0.6}] * 101))
+    assert names == sorted(names) and names[7] == "layers/007/decay_min"
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "layers.csv", "train_log.txt"])
 def test_a_last_line_that_was_cut_anywhere_is_dropped(tmp_path: Path, name: str) -> None:
     train(tmp_path, 1, 12, first_epoch=0)
     path = tmp_path / name
@@ -192,7 +209,7 @@ def test_a_last_line_that_was_cut_anywhere_is_dropped(tmp_path: Path, name: str)
         whole_lines = content[:-cut][: content[:-cut].rfind(b"\n") + 1]
         assert path.read_bytes().startswith(whole_lines)
         rest = path.read_bytes()[len(whole_lines) :]
-        assert rest == b"" if name == "metrics.csv" else rest.startswith(b"NEW RUN ")
+        assert rest == b"" if name.endswith(".csv") else rest.startswith(b"NEW RUN ")
 
 
 def test_rows_damaged_by_a_power_cut_are_dropped(tmp_path: Path) -> None:
@@ -368,12 +385,15 @@ def test_tensorboard_has_the_scalars_and_after_a_resume_each_step_once(tmp_path:
         log = RunLog(tmp_path, total_steps=8, tensorboard=True, stream=io.StringIO())
         log.start({"n_layer": 4}, "name", step=first - 1)
         for step in range(first, last + 1):
+            log.layers(step, [{"att_grad_norm": step / 4}])
             log.step(row(step))
         log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     found = {e.step: e.value for e in events.Scalars("loss")}
     assert found == pytest.approx({step: loss_at(step) for step in range(1, 9)})
     assert len(events.Scalars("lr")) == 8
+    layers = events.Scalars("layers/00/att_grad_norm")
+    assert [(e.step, e.value) for e in layers] == [(step, step / 4) for step in range(1, 9)]
 
 
 def wandb_history(path: Path) -> list[dict[str, str]]:
@@ -405,6 +425,7 @@ def test_wandb_gets_the_published_names_without_a_network(
     monkeypatch.setenv("WANDB_SILENT", "true")
     log = RunLog(tmp_path, total_steps=8, wandb_project="trial", stream=io.StringIO())
     log.start({"n_layer": 4}, "256 ctx256 L4 D256")
+    log.layers(1, [{"decay_mean": 0.75}])
     log.step(row(1))
     log.validation({"step": 2, "val_loss": 2.5})
     log.step({**row(2), "tokens_per_s": None})
@@ -419,6 +440,7 @@ def test_wandb_gets_the_published_names_without_a_network(
     first, second = ({k: float(v) for k, v in s.items()} for s in steps)
     assert first["_step"] == 1 and second["_step"] == 2
     assert first["Gtokens"] == pytest.approx(8192e-9) and first["kt/s"] == pytest.approx(24.1)
+    assert first["layers/00/decay_mean"] == 0.75
     assert first["loss"] == loss_at(1) and first["wd"] == 0.1 and first["lr"] == 1.2e-3
     assert second["val_loss"] == 2.5 and "kt/s" not in second
 
