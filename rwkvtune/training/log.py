@@ -105,6 +105,8 @@ class RunLog:
             self._trackers.append(Wandb(self.folder, wandb_project))
         self._validated: dict[str, float | None] = {}
         self._val_loss: float | None = None
+        self._losses: list[float] = []
+        """Since the latest line of the console."""
         self._times: deque[tuple[int, float]] = deque(maxlen=SPEED_OVER_STEPS + 1)
 
     def start(
@@ -155,7 +157,11 @@ class RunLog:
             tracker.record({"step": step, **_by_layer(blocks)})
 
     def step(self, row: Row) -> None:
-        """Report an optimizer step, together with a validation of the same step."""
+        """Report an optimizer step, together with a validation of the same step.
+
+        The files get the loss of this step, the console the mean over the steps since its last
+        line: one step's loss is mostly noise.
+        """
         if not self.is_active:
             return
         step = int(row["step"] or 0)
@@ -165,9 +171,14 @@ class RunLog:
         self._times.append((step, time.monotonic()))
         if is_logged:
             self._record(row)
+        if (loss := row.get("loss")) is not None:
+            self._losses.append(loss)
+            row = {**row, "loss": sum(self._losses) / len(self._losses)}
         self._console.progress(
             step, self.total_steps, self._fields(row), self._time_left(step), is_logged
         )
+        if is_logged:
+            self._losses.clear()
 
     def validation(self, row: Row) -> None:
         """Report step, val_loss, val_perplexity, val_bits_per_byte, extra columns; call it before

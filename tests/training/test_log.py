@@ -310,6 +310,20 @@ def test_plain_lines_hold_the_numbers_and_come_with_the_logged_steps(tmp_path: P
     ]
 
 
+def test_the_console_shows_the_mean_loss_since_its_last_line_and_the_file_that_of_the_step(
+    tmp_path: Path,
+) -> None:
+    stream = io.StringIO()
+    log = RunLog(tmp_path, total_steps=7, log_every=3, stream=stream)
+    log.start({}, "name")
+    for step in range(1, 8):
+        log.step({"step": step, "loss": 2.0**step})
+    shown = re.findall(r"loss (\S+)", stream.getvalue())
+    # (2 + 4 + 8) / 3, (16 + 32 + 64) / 3, and 128 alone at the end
+    assert shown == ["4.6667", "37.3333", "128.0000"]
+    assert [float(r["loss"]) for r in metrics(tmp_path)] == [8.0, 64.0, 128.0]
+
+
 def test_time_left_follows_from_the_pace_of_the_latest_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,7 +361,8 @@ def test_a_terminal_shows_a_bar_with_the_same_numbers_and_keeps_its_cursor(
     assert "step 10/20  validation loss 2.4012\n" in plain
     assert "a [bold]line[/bold] about /a/path\n" in plain
     assert re.search(r"step 20/20 ━+ 100% time left 0:00\s", plain)
-    numbers = f"epoch 4  loss {loss_at(20):.4f}  val 2.4012  lr 1.20e-03  norm 0.41  24.1k tokens/s"
+    mean = sum(map(loss_at, range(11, 21))) / 10
+    numbers = f"epoch 4  loss {mean:.4f}  val 2.4012  lr 1.20e-03  norm 0.41  24.1k tokens/s"
     assert numbers in plain and max(map(len, plain.splitlines())) <= 80
     assert "\x1b[?25l" not in terminal.getvalue()  # "hide cursor"
 
