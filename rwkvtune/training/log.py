@@ -132,6 +132,9 @@ class RunLog:
             self._layers = self._layer_table(last_step=step)
         self._train_log = TrainLogFile(self.folder / "train_log.txt", next_epoch=epoch)
         self._train_log.begin_run(timestamp, arguments)
+        for tracker in self._trackers:
+            if isinstance(tracker, Wandb):
+                tracker.replay(self._logged_so_far())
         self._times.append((step, time.monotonic()))
 
     def is_logged(self, step: int) -> bool:
@@ -240,6 +243,23 @@ class RunLog:
     def _layer_table(self, *, last_step: int) -> StepTable:
         path = self.folder / "layers.csv"
         return StepTable(path, LAYER_COLUMNS, needed=LAYERS_NEED, last_step=last_step)
+
+    def _logged_so_far(self) -> list[Row]:
+        """What trackers have been given up to here, one row per step, read from the files."""
+        by_step: dict[float, dict[str, float | None]] = {}
+        blocks: dict[float, list[Row]] = {}
+        for name, needed in (("metrics.csv", METRICS_NEED), ("layers.csv", LAYERS_NEED)):
+            for row in read_table(self.folder / name, needed=needed):
+                there = {k: v for k, v in row.values.items() if not math.isnan(v)}
+                step = there.pop("step")
+                if "layer" in there:
+                    del there["layer"]
+                    blocks.setdefault(step, []).append(there)
+                else:
+                    by_step.setdefault(step, {"step": step}).update(there)
+        for step, rows in blocks.items():
+            by_step.setdefault(step, {"step": step}).update(_by_layer(rows))
+        return [by_step[step] for step in sorted(by_step)]
 
     def _record(self, row: Row) -> None:
         self._metrics.append(row)
@@ -498,7 +518,11 @@ class TensorBoard:
 
 
 class Wandb:
-    """A wandb run with the published names: loss, lr, wd, Gtokens, kt/s; ours are added to them."""
+    """A wandb run with the published names: loss, lr, wd, Gtokens, kt/s; ours are added to them.
+
+    Each start is a run of its own in one group: wandb cannot go on with an offline run, and one
+    that is killed loses its latest rows. So `replay` first gives it all that was logged before.
+    """
 
     PUBLISHED = {"weight_decay": "wd", "tokens": "Gtokens", "tokens_per_s": "kt/s"}
     UNITS = {"tokens": 1e9, "tokens_per_s": 1e3}
@@ -517,6 +541,7 @@ class Wandb:
             self._run = self._wandb.init(
                 project=self.project,
                 name=name,
+                group=str(self.folder),
                 config=dict(arguments),
                 dir=self.folder,
                 settings=settings,
@@ -527,6 +552,10 @@ class Wandb:
                 f"wandb cannot start: {reason}. Log in with `wandb login`, set WANDB_MODE=offline "
                 "to log without a network, or leave --wandb out."
             ) from error
+
+    def replay(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            self.record(row)
 
     def record(self, row: Row) -> None:
         values = {

@@ -433,6 +433,29 @@ def wandb_history(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def test_after_a_resume_a_wandb_run_has_every_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(tmp_path, 1, 6, first_epoch=0)  # logs 2, 3, 4 and 6; the save was after step 4
+    log = RunLog(tmp_path, total_steps=8, log_every=2, wandb_project="trial", stream=io.StringIO())
+    log.start({}, "name", step=4)
+    log.validation({"step": 5, "val_loss": 2.5})
+    for step in range(5, 9):
+        log.step(row(step))
+    log.close()
+    import wandb
+
+    wandb.teardown()
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    found = {int(r["_step"]): r for r in wandb_history(path)[1:]}
+    assert list(found) == [2, 3, 4, 5, 6, 8]
+    assert all(float(r["loss"]) == loss_at(step) for step, r in found.items())
+    assert float(found[3]["val_loss"]) == loss_at(3) + 0.1 and "val_loss" not in found[4]
+    assert float(found[4]["layers/00/att_grad_norm"]) == pytest.approx(4 / 3, rel=1e-5)
+
+
 def test_wandb_gets_the_published_names_without_a_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
