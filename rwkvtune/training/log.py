@@ -17,8 +17,9 @@ import math
 import re
 import sys
 import time
+from array import array
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
@@ -288,7 +289,7 @@ class RunLog:
         ]
         texts = [form.format(value) for form, value in fields if value is not None]
         if (speed := row.get("tokens_per_s")) is not None:
-            texts.append(f"{_short_number(speed)} tokens/s")
+            texts.append(f"{short_number(speed)} tokens/s")
         return "  ".join(texts)
 
 
@@ -377,11 +378,33 @@ def read_table(path: str | Path, *, needed: Sequence[str]) -> list[TableRow]:
     A row that was cut short or damaged is left out. UserError when the header lacks a column of
     `needed`.
     """
-    path = Path(path)
+    header, rows = _whole_rows(Path(path), needed)
+    return [
+        TableRow(dict(zip(header, values, strict=True)), dict(zip(header, cells, strict=True)))
+        for cells, values in rows
+    ]
+
+
+def read_columns(path: str | Path, *, needed: Sequence[str]) -> dict[str, array[float]]:
+    """The same as `read_table` by columns, for files of a million rows: 8 bytes a cell, nan where
+    it is empty."""
+    header, rows = _whole_rows(Path(path), needed)
+    columns = [array("d") for _ in header]
+    for _, values in rows:
+        for column, value in zip(columns, values, strict=True):
+            column.append(value)
+    return dict(zip(header, columns, strict=True))
+
+
+def _whole_rows(
+    path: Path, needed: Sequence[str]
+) -> tuple[list[str], Iterator[tuple[list[str], list[float]]]]:
+    """(names of the columns, cells and values of each row that is whole)."""
     if not path.exists():
-        return []
+        return [], iter(())
     lines = path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True)
-    lines = [line for line in lines if line.endswith("\n")]
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
     header = lines[0].strip().split(",") if lines else []
     if lines and not set(needed) <= set(header):
         raise UserError(
@@ -389,17 +412,21 @@ def read_table(path: str | Path, *, needed: Sequence[str]) -> list[TableRow]:
             f"{' and '.join(needed)}, it is {lines[0].strip()[:80]!r}. Move the file away or "
             "choose another folder."
         )
-    rows = []
-    for line in lines[1:]:
+    return header, _parsed(header, lines[1:])
+
+
+def _parsed(header: list[str], lines: list[str]) -> Iterator[tuple[list[str], list[float]]]:
+    step = header.index("step") if lines else 0
+    for line in lines:
         cells = line.strip().split(",")
-        text = dict(zip(header, cells, strict=False))
+        if len(cells) != len(header):
+            continue
         try:
-            values = {name: float(cell) if cell else math.nan for name, cell in text.items()}
+            values = [float(cell) if cell else math.nan for cell in cells]
         except ValueError:
             continue
-        if len(cells) == len(header) and math.isfinite(values["step"]):
-            rows.append(TableRow(values, text))
-    return rows
+        if math.isfinite(values[step]):
+            yield cells, values
 
 
 class Console:
@@ -448,7 +475,7 @@ class Console:
         self, step: int, total: int, fields: str, seconds_left: float, is_logged: bool
     ) -> None:
         count = f"step {step:>{len(str(total))}}/{total}"
-        time_left = f"time left {_duration(seconds_left)}"
+        time_left = f"time left {duration(seconds_left)}"
         if not self._rich:
             if is_logged:
                 self.line("  ".join(part for part in (count, fields, time_left) if part))
@@ -628,7 +655,7 @@ def _exp(x: float) -> float:
     return math.exp(x) if x < 709 else x * math.inf
 
 
-def _short_number(value: float) -> str:
+def short_number(value: float) -> str:
     """24100 -> 24.1k."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
@@ -636,7 +663,7 @@ def _short_number(value: float) -> str:
     return f"{value:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """92 -> 1:32, 3723 -> 1:02:03, two days and more -> 2d 01:02:03."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from rwkvtune.errors import UserError
-from rwkvtune.training.log import RunLog, _by_layer, _duration, _short_number, read_metrics
+from rwkvtune.training.log import RunLog, _by_layer, duration, read_metrics, short_number
 
 HEADER = (
     "step,epoch,tokens,loss,val_loss,val_perplexity,val_bits_per_byte,"
@@ -509,5 +509,5 @@ def test_logging_works_without_torch() -> None:
 
 def test_times_and_counts_are_short() -> None:
     seconds = (0.4, 92, 3723, 2 * 86400 + 3723)
-    assert [_duration(s) for s in seconds] == ["0:00", "1:32", "1:02:03", "2d 01:02:03"]
-    assert [_short_number(n) for n in (950, 24_100, 1.2e6, 3e9)] == ["950", "24.1k", "1.2M", "3.0G"]
+    assert [duration(s) for s in seconds] == ["0:00", "1:32", "1:02:03", "2d 01:02:03"]
+    assert [short_number(n) for n in (950, 24_100, 1.2e6, 3e9)] == ["950", "24.1k", "1.2M", "3.0G"]
