@@ -43,12 +43,7 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     cannot be written is a UserError.
     """
     path = Path(path)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    with _refusals_explained(path):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "a folder has that name")
-        _make_folder(path.parent)
-        file = open(temporary, "wb")  # noqa: SIM115 (closed below)
+    temporary, file = _open_temporary(path)
     try:
         with _full_disk_explained(path):
             with file:
@@ -61,6 +56,14 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """UserError now where `atomic_write` to `path` would be refused after long work. Missing parent
+    folders are made."""
+    temporary, file = _open_temporary(Path(path))
+    file.close()
+    temporary.unlink()
 
 
 @contextmanager
@@ -204,6 +207,16 @@ class RunFolderLock:
         traceback: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file, open, that can be renamed to `path`; UserError when there may be none."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    with _refusals_explained(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder has that name")
+        _make_folder(path.parent)
+        return temporary, open(temporary, "wb")
 
 
 def _try_lock(fd: int) -> Literal["taken", "held", "no locks"]:

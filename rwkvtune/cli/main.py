@@ -15,6 +15,7 @@ from rwkvtune.errors import UserError, report
 
 COMMANDS = {
     "demo": "train a small RWKV-7 on a bundled text, on the CPU, in minutes",
+    "report": "draw one or several runs side by side into a picture and an HTML page",
     "train": "pretrain a language model, or go on with a run (rwkvtune train --help)",
 }
 """Each is a module of this folder with a `main(argv) -> exit code`, loaded only when called."""
