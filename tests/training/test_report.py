@@ -11,7 +11,8 @@ from PIL import Image
 
 from rwkvtune.errors import UserError
 from rwkvtune.training.log import RunLog
-from rwkvtune.training.report import TRAINING, VALIDATION, _smooth, _title, draw_loss_curve
+from rwkvtune.training.report import TRAINING, VALIDATION, _title, draw_loss_curve
+from rwkvtune.training.report_data import smoothed
 
 
 def write_run(folder: Path, steps: int, validate_every: int = 0) -> Path:
@@ -66,17 +67,16 @@ def test_a_file_that_is_no_metrics_file_is_refused(tmp_path: Path) -> None:
 def test_smoothing_keeps_straight_lines_and_averages_noise_away() -> None:
     x = np.arange(1.0, 1001.0)
     line = 5 - 0.003 * x
-    smooth = _smooth(x, line)
+    smooth = smoothed(x, line)
     # A window of 50 steps, 25 to each side; at the end only the 25 before are there.
     assert np.allclose(smooth[:974], line[:974])
     assert smooth[-1] == pytest.approx(line[-25:].mean(), abs=2e-3)
     noisy = line + np.where(x % 2 == 0, 0.1, -0.1)
-    assert np.abs(_smooth(x, noisy) - line)[25:975].max() < 0.01
+    assert np.abs(smoothed(x, noisy) - line)[25:975].max() < 0.01
 
 
 def test_the_title_tells_the_last_numbers() -> None:
-    step, loss = np.array([1.0, 2000.0]), np.array([5.0, 1.5])
-    val_loss = np.array([1.61, 1.64])
-    assert _title(step, loss, val_loss) == (
+    step, loss, val_loss = (np.array(v) for v in ([1.0, 2000.0], [5.0, 1.5], [1.61, 1.64]))
+    assert _title(step, (step, loss), (step, val_loss)) == (
         "step 2,000    training loss 1.5000 (smoothed)    validation loss 1.6400 (lowest 1.6100)"
     )
