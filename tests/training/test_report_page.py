@@ -78,7 +78,7 @@ def test_the_page_is_whole_and_names_no_address(tmp_path: Path) -> None:
 def test_names_and_settings_cannot_become_html_or_script(tmp_path: Path) -> None:
     names = ["<script>alert(1)<", "{{data}} & \"'", "</td>\u2028"]
     settings = "sample_prompt: '</script><img src=x onerror=alert(1)>'\nproj_dir: x\n"
-    sources = ("val_loss/</script><b>",)
+    sources = ("val_loss/</script <!-- <script b",)
     runs = [
         write_run(tmp_path / name.replace("/", "\u2044"), settings=settings, sources=sources)
         for name in names
@@ -91,7 +91,7 @@ def test_names_and_settings_cannot_become_html_or_script(tmp_path: Path) -> None
     assert [tag for tag, _ in page.tags].count("script") == 2
     assert [tag for tag, _ in page.tags].count("img") == 1
     assert [run["name"] for run in page.data["runs"]] == [run.name for run in runs]
-    assert page.data["panels"][2]["title"] == "Validation loss: </script><b>"
+    assert page.data["panels"][2]["title"] == "Validation loss: </script <!-- <script b"
     assert "</script><img src=x onerror=alert(1)>" in page.texts["td"]
     assert {f" {run.name}" for run in runs} <= set(page.texts["th"])
 
