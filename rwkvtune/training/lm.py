@@ -25,7 +25,7 @@ from rwkvtune.errors import UserError
 from rwkvtune.evaluation.perplexity import evaluate
 from rwkvtune.files import RunFolderLock, atomic_write, remove_leftovers
 from rwkvtune.inference.generate import generate
-from rwkvtune.kernels.dispatch import Choice, announce, resolve_wkv7
+from rwkvtune.kernels.dispatch import Choice, announce, resolve
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
 from rwkvtune.models import RWKV7Config, build_model, fill_model
 from rwkvtune.training import starting_point
@@ -222,8 +222,12 @@ def _prepare(config: TrainConfig, world_size: int, device: torch.device, notes: 
         progress.tokens = progress.step * plan.tokens_per_step
     schedule = _schedule(config, plan, restart_step=start.progress.restart_step)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.device.precision)
-    kernel = resolve_wkv7(
-        device.type, dtype or torch.float32, start.model_config.head_size, config.device.kernel
+    kernel = resolve(
+        "wkv7",
+        device.type,
+        dtype or torch.float32,
+        start.model_config.head_size,
+        config.device.kernel,
     )
     return _Job(data, start, plan, settings, schedule, kernel, notes)
 
