@@ -53,11 +53,25 @@ def guarded(name: str, args: list[str]) -> int:
     try:
         command: Callable[[list[str]], int] = importlib.import_module(f"rwkvtune.cli.{name}").main
         return command(args)
+    except ModuleNotFoundError as error:
+        if (error.name or "rwkvtune").startswith("rwkvtune"):
+            raise
+        return report(
+            UserError(
+                f"{sys.executable} has no package {error.name}: use .venv/bin/python, which `make "
+                "venv` makes, or `pip install .` in the clone with this Python"
+            )
+        )
     except (UserError, KeyboardInterrupt) as error:
         return report(error)
     finally:
         for number, answer in before.items():
             signal.signal(number, answer)
+
+
+def run_door(name: str) -> int:
+    """What a published program in the root folder calls: the module of this folder of that name."""
+    return guarded(name, sys.argv[1:])
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.training.config import (
@@ -38,46 +40,75 @@ class AsWritten(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 class OneLineParser(ArgumentParser):
     """Says what is wrong in one line instead of printing all flags."""
 
+    def __init__(self, command: str, *, usage: str, about: str) -> None:
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        super().__init__(
+            prog=command,
+            usage=usage,
+            description=about,
+            formatter_class=AsWritten,
+            allow_abbrev=False,
+        )
+        self.types = dict(setting_types())
+        """Of every flag by its name."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(plain_message(" ".join(str(message).split()))) from ex
+        one_line = " ".join(str(message).split())
+        raise UserError(plain_message(one_line, self.types, self.prog)) from ex
 
 
 def main(argv: list[str]) -> int:
-    try:
-        args = config_first(with_plain_booleans(argv))
-        check_config_files(args)
-        namespace = make_parser().parse_args(args)
-        config = for_launcher(config_from(namespace), os.environ)
-        from rwkvtune.training.lm import train_language_model  # torch: seconds
-
-        return train_language_model(config).exit_code
-    except UserError:
-        # Raised before the processes have met, so each one comes to it; the first here says it.
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0":
-            return 2
-        raise
+    return start(TrainConfig.from_flat(parse_settings(make_parser(), argv)))
 
 
-def make_parser() -> ArgumentParser:
-    """Flags grouped by the dataclasses of training/config.py, without a prefix."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+def make_parser() -> OneLineParser:
     parser = OneLineParser(
-        prog="rwkvtune train",
+        "rwkvtune train",
         usage="rwkvtune train [--config FILE] [--SETTING VALUE ...]",
-        description=DESCRIPTION,
-        formatter_class=AsWritten,
-        allow_abbrev=False,
+        about=DESCRIPTION,
     )
-    parser.add_argument("--config", action="config", help="YAML file of settings")
-    for options in OPTION_GROUPS.values():
-        parser.add_class_arguments(options, None)
+    add_settings(parser)
     return parser
 
 
-def config_from(namespace: Namespace) -> TrainConfig:
-    values: dict[str, Any] = namespace.as_dict()
+def add_settings(parser: ArgumentParser) -> None:
+    """Flags grouped by the dataclasses of training/config.py, without a prefix."""
+    parser.add_argument("--config", action="config", help="YAML file of settings")
+    for options in OPTION_GROUPS.values():
+        parser.add_class_arguments(options, None)
+
+
+def parse_settings(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """Value of every flag by its name; UserError for what cannot be understood."""
+    args = config_first(with_plain_booleans(argv))
+    with told_once():
+        check_config_files(args)
+        values: dict[str, Any] = parser.parse_args(args).as_dict()
     values.pop("config", None)
-    return TrainConfig.from_flat(values)
+    return values
+
+
+def start(
+    config: TrainConfig, *, notes: Sequence[str] = (), rows: Sequence[tuple[str, str]] = ()
+) -> int:
+    """Train as `config` says, on the devices that a launcher may have chosen; the exit code."""
+    with told_once():
+        config = for_launcher(config, os.environ)
+        from rwkvtune.training.lm import train_language_model  # torch: seconds
+
+        return train_language_model(config, notes=notes, rows=rows).exit_code
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """What is refused before the processes of a launcher have met comes to each of them; the first
+    one here says it."""
+    try:
+        yield
+    except UserError:
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0":
+            sys.exit(2)
+        raise
 
 
 def for_launcher(config: TrainConfig, environment: Mapping[str, str]) -> TrainConfig:
@@ -151,17 +182,18 @@ def _split_if_boolean(arg: str, booleans: set[str]) -> list[str]:
     return [name, value] if equals and name in booleans else [arg]
 
 
-def plain_message(message: str) -> str:
-    """What the parser found wrong, in the words of the settings' own types and names."""
-    types = setting_types()
+def plain_message(message: str, types: Mapping[str, Any], command: str) -> str:
+    """What the parser found wrong, in the words of the flags' own types and names."""
     found = re.search(r'Parser key "(\w+)".*(?:Got value|Given value): (.*)', message)
     if found and found[1] in types:
         return f"{found[1]}={found[2]} must be {expected(types[found[1]])}"
     found = re.search(r"Option '(\w+)' is not accepted", message)
     if found:
-        return unknown_settings([found[1]])
+        return unknown_settings([found[1]], known=types, command=command)
     found = re.match(r"unrecognized arguments: (.*)", message)
     if found:
         names = [arg[2:].partition("=")[0] for arg in found[1].split() if arg.startswith("--")]
-        return unknown_settings(names) if names else f"{message}; every setting is --NAME VALUE"
-    return f"{message} (see rwkvtune train --help)"
+        if names:
+            return unknown_settings(names, known=types, command=command)
+        return f"{message}; every setting is --NAME VALUE"
+    return f"{message} (see {command} --help)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,9 @@ import torch
 from rwkvtune.data.batch import IGNORED_TARGET, Batch
 from rwkvtune.data.sampler import SampleOrder
 from rwkvtune.data.tokenizers.base import END_OF_DOCUMENT
+
+Place = tuple[np.ndarray, int]
+"""Tokens, and where among them a window starts."""
 
 
 class LMDataset:
@@ -31,12 +34,25 @@ class LMDataset:
         self.ctx_len = ctx_len
         self.reset_at_documents = reset_at_documents
 
+    @property
+    def num_slots(self) -> int:
+        """Samples in one pass over the data."""
+        return self.order.num_slots
+
+    def place(self, sample: int) -> Place:
+        start = self.order.start(sample)
+        assert start + self.ctx_len < len(self.tokens), "windows lie inside the data"
+        return self.tokens, start
+
     def batch(self, first_sample: int, count: int, *, rank: int = 0, world_size: int = 1) -> Batch:
         """[count, ctx_len]: samples first_sample + j * world_size + rank for j = 0 .. count-1."""
-        numbers = range(first_sample + rank, first_sample + rank + count * world_size, world_size)
-        starts = [self.order.start(number) for number in numbers]
-        assert max(starts) + self.ctx_len < len(self.tokens), "windows lie inside the data"
-        return _windows(self.tokens, starts, self.ctx_len, self.reset_at_documents)
+        numbers = sample_numbers(first_sample, count, rank, world_size)
+        return windows([self.place(n) for n in numbers], self.ctx_len, self.reset_at_documents)
+
+
+def sample_numbers(first_sample: int, count: int, rank: int, world_size: int) -> range:
+    """The samples of one rank: every world_size-th from first_sample + rank on."""
+    return range(first_sample + rank, first_sample + rank + count * world_size, world_size)
 
 
 def validation_windows(
@@ -61,23 +77,22 @@ def validation_windows(
         first = batch_start + rank * batch_size
         rows = range(first, max(first + 1, min(first + batch_size, num_windows)))
         starts = [row * ctx_len for row in rows]
-        batch = _windows(tokens, starts, ctx_len, reset_at_documents)
-        places = torch.tensor(starts)[:, None] + torch.arange(1, ctx_len + 1)  # of the targets
-        batch.targets[places >= len(tokens)] = IGNORED_TARGET
+        places = [(tokens, start) for start in starts]
+        batch = windows(places, ctx_len, reset_at_documents)
+        of_targets = torch.tensor(starts)[:, None] + torch.arange(1, ctx_len + 1)
+        batch.targets[of_targets >= len(tokens)] = IGNORED_TARGET
         yield batch
 
 
-def _windows(
-    tokens: np.ndarray, starts: list[int], ctx_len: int, reset_at_documents: bool
-) -> Batch:
-    """[len(starts), ctx_len] from each start on; END_OF_DOCUMENT beyond the data."""
+def windows(places: Sequence[Place], ctx_len: int, reset_at_documents: bool) -> Batch:
+    """[len(places), ctx_len] from each place on; END_OF_DOCUMENT beyond the data."""
     # Column 0 is the token before the window; it says whether a document starts at its first input.
-    rows = np.full((len(starts), ctx_len + 2), END_OF_DOCUMENT, dtype=np.int64)
-    for row, start in zip(rows, starts, strict=True):
+    rows = np.full((len(places), ctx_len + 2), END_OF_DOCUMENT, dtype=np.int64)
+    for row, (tokens, start) in zip(rows, places, strict=True):
         before = min(start, 1)
         piece = tokens[start - before : start + ctx_len + 1]
         row[1 - before : 1 - before + len(piece)] = piece
-    windows = torch.from_numpy(rows)
-    reset = (windows[:, :-2] == END_OF_DOCUMENT) if reset_at_documents else None
+    ids = torch.from_numpy(rows)
+    reset = (ids[:, :-2] == END_OF_DOCUMENT) if reset_at_documents else None
     # A copy: of a single row, inputs and targets would otherwise share their memory.
-    return Batch(windows[:, 1:-1].contiguous(), windows[:, 2:].clone(), reset)
+    return Batch(ids[:, 1:-1].contiguous(), ids[:, 2:].clone(), reset)

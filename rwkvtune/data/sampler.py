@@ -98,12 +98,7 @@ class ShuffledOrder:
         self.num_tokens = int(num_tokens)
         self.ctx_len = int(ctx_len)
         self.seed = int(seed)
-        if self.num_tokens < self.ctx_len + 1:
-            raise UserError(
-                f"{num_tokens} tokens are too few for ctx_len {ctx_len}: one window needs "
-                f"{self.ctx_len + 1}. Give more data or use ctx_len <= "
-                f"{max(self.num_tokens - 1, 0)}."
-            )
+        _check_one_window(self.num_tokens, self.ctx_len)
         self._num_slots = (self.num_tokens - 1) // self.ctx_len
         # Feistel halves: the smallest near-square rectangle of at least num_slots cells.
         self._rows = math.isqrt(self._num_slots - 1) + 1
@@ -115,8 +110,7 @@ class ShuffledOrder:
 
     def start(self, sample_index: int) -> int:
         pass_number, position = divmod(int(sample_index), self._num_slots)
-        digest = hashlib.blake2b(f"{self.seed} {pass_number}".encode(), digest_size=64).digest()
-        offset_key, *round_keys = struct.unpack("<8Q", digest)
+        offset_key, *round_keys = _digest(f"{self.seed} {pass_number}")
         offset = offset_key % self.ctx_len - self.ctx_len // 2
         start: int = self._shuffled(position, round_keys) * self.ctx_len + offset
         return min(max(start, 0), self.num_tokens - 1 - self.ctx_len)
@@ -135,6 +129,41 @@ class ShuffledOrder:
                 position < self._num_slots
             ):  # else one of the few cells beyond: walk on along the cycle
                 return position
+
+
+class RandomOrder:
+    """Windows that start anywhere, drawn with replacement: RWKV-LM's stages 0 and 4.
+
+    Each start is drawn evenly from all places that leave room for a window and its last target. It
+    depends on seed and sample number only, so ranks differ and a resumed run goes on exactly.
+    """
+
+    def __init__(self, num_tokens: int, ctx_len: int, seed: int) -> None:
+        self.num_tokens, self.ctx_len = int(num_tokens), int(ctx_len)
+        _check_one_window(self.num_tokens, self.ctx_len)
+        self._key = _digest(f"{int(seed)} random")[0]
+
+    @property
+    def num_slots(self) -> int:
+        """Windows that the data would hold side by side."""
+        return (self.num_tokens - 1) // self.ctx_len
+
+    def start(self, sample_index: int) -> int:
+        # 64 bits over fewer than 2^40 places: no place is favoured by more than 1 in 2^24.
+        return _mix(self._key ^ _mix(int(sample_index))) % (self.num_tokens - self.ctx_len)
+
+
+def _check_one_window(num_tokens: int, ctx_len: int) -> None:
+    if num_tokens < ctx_len + 1:
+        raise UserError(
+            f"{num_tokens} tokens are too few for ctx_len {ctx_len}: one window needs "
+            f"{ctx_len + 1}. Give more data or use ctx_len <= {max(num_tokens - 1, 0)}."
+        )
+
+
+def _digest(text: str) -> tuple[int, ...]:
+    """Eight well-mixed numbers of 64 bits."""
+    return struct.unpack("<8Q", hashlib.blake2b(text.encode(), digest_size=64).digest())
 
 
 def _mix(x: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -34,8 +34,15 @@ class Evaluation:
     """Nats per target token."""
     tokens: int
     """Target tokens, all ranks together."""
-    bits_per_byte: float | None
-    """All the loss, in bits, over the bytes that the targets stand for; None if not known."""
+    num_bytes: int
+    """That the targets stand for; 0 if not known."""
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """All the loss, in bits, over the bytes; None if not known."""
+        if not self.num_bytes:
+            return None
+        return self.loss * self.tokens / math.log(2) / self.num_bytes
 
     @property
     def perplexity(self) -> float:
@@ -90,11 +97,25 @@ def evaluate(
     if sum_over_ranks is not None:
         sums = sum_over_ranks(torch.from_numpy(sums)).cpu().numpy()
     nats_sum, num_targets, num_bytes = (float(value) for value in sums)
-    return Evaluation(
-        loss=nats_sum / num_targets,
-        tokens=int(num_targets),
-        bits_per_byte=nats_sum / math.log(2) / num_bytes if num_bytes else None,
+    return Evaluation(nats_sum / num_targets, int(num_targets), int(num_bytes))
+
+
+def together(parts: Sequence[Evaluation], weights: Sequence[float] | None = None) -> Evaluation:
+    """Several evaluations as one: of all their tokens, or with a share of the tokens for each.
+
+    weights: such as a mixture's shares; what counts then is the loss of a stream that holds the
+    parts in these proportions of tokens.
+    """
+    shares = weights or [part.tokens for part in parts]
+    total = sum(shares)
+    tokens = sum(part.tokens for part in parts)
+    loss = sum(part.loss * share for part, share in zip(parts, shares, strict=True)) / total
+    bytes_per_token = (
+        sum(part.num_bytes / part.tokens * share for part, share in zip(parts, shares, strict=True))
+        / total
     )
+    all_known = all(part.num_bytes for part in parts)
+    return Evaluation(loss, tokens, round(bytes_per_token * tokens) if all_known else 0)
 
 
 def _num_bytes(targets: Tensor, byte_lengths: np.ndarray | None) -> int:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rwkvtune.errors import UserError
 
-Order = Literal["published", "shuffled"]
-LrSchedule = Literal["cosine", "linear", "exponential", "constant", "wsd", "wsd_cosine"]
+Order = Literal["published", "shuffled", "random"]
+LrSchedule = Literal[
+    "cosine", "linear", "exponential", "constant", "wsd", "wsd_cosine", "cosine_exponential_mean"
+]
 Precision = Literal["bf16", "fp32", "tf32", "fp16"]
 Strategy = Literal[
     "auto", "ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"
@@ -52,6 +54,8 @@ class ModelOptions:
     """Low-rank width of the gate (train_temp's formula for a fresh model)."""
     interpolate: bool = False
     """Resize loaded tensors that do not fit the dimensions in the flags, as upstream's stage 1."""
+    load_partial: bool = False
+    """Initial values for tensors that the weights lack, instead of an error."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,16 @@ class DataOptions:
     """Data."""
 
     data_file: str = ""
-    """Token file: the prefix of a .bin/.idx pair."""
+    """Token file: the prefix of a .bin/.idx pair; or several with their shares of the windows:
+    a:0.7,b:0.3."""
     val_data_file: str = ""
-    """Token file for validation: another prefix; empty = no validation."""
+    """Token file for validation: another prefix, or several, a,b, whose losses are also told apart
+    (a:0.7,b:0.3 weighs them in their mean); empty = no validation."""
     ctx_len: int = 512
     """Tokens per window."""
     order: Order = "published"
-    """Order of windows: RWKV-LM's cubic permutation, or another seeded shuffle in each pass."""
+    """Order of windows: RWKV-LM's cubic permutation, another seeded shuffle in each pass, or seeded
+    random starts (RWKV-LM's stages 0 and 4)."""
     magic_prime: int = 0
     """The published order's prime; 0 = the largest that fits the data."""
     reset_at_documents: bool = False
@@ -83,19 +90,28 @@ class ScheduleOptions:
     accumulate_grad_batches: int = 1
     """Micro-batches per optimizer step."""
     epoch_steps: int = 0
-    """Steps per mini-epoch; 0 = one pass over the data. Upstream has 40320 / windows per step."""
+    """Steps per mini-epoch; 0 = as many as epoch_samples needs."""
+    epoch_samples: int = 0
+    """Windows per mini-epoch, RWKV-LM's has 40320; 0 = one pass over the data."""
     epoch_count: int = 0
-    """Mini-epochs to train; 0 = as many as exit_tokens needs, or one without exit_tokens."""
+    """Mini-epochs to train; 0 = as many as exit_tokens needs; without exit_tokens one, or, with
+    epoch_samples, one pass over the data."""
     exit_tokens: int = 0
-    """Stop after this many training tokens and end the schedule there; 0 = the epochs decide."""
+    """Stop after this many training tokens; the learning rate ends its curve there, even if
+    epoch_count stops the run before. 0 = the epochs decide."""
     lr_schedule: LrSchedule = "cosine"
-    """Curve from lr_init to lr_final; wsd = plateau, then decay; wsd_cosine = world_train.py's."""
+    """Curve from lr_init to lr_final; wsd = plateau, then decay; wsd_cosine = world_train.py's;
+    cosine_exponential_mean = RWKV-LM's for negative exit tokens."""
     lr_init: float = 6e-4
     """Highest learning rate."""
     lr_final: float = 6e-5
     """Learning rate at the end."""
     warmup_steps: int = 10
     """Steps of linear warmup from 1 % (0 % for wsd_cosine); -1 = none."""
+    restart_warmup_steps: int = 10
+    """Steps of warmup when a run goes on from bare weights rwkv-N.pth and warmup_steps is -1."""
+    hold_epochs: int = 0
+    """linear, exponential: mini-epochs at lr_init before the fall begins."""
     decay_share: float = 0.2
     """wsd: the last share of the run that decays, 0..1."""
 
@@ -118,6 +134,8 @@ class OptimizerOptions:
     """Largest global gradient norm; 0 = no clipping."""
     layerwise_lr: bool = True
     """Twice the learning rate for att.w0, as published."""
+    stage2_lr: bool = False
+    """Five times the learning rate for decays and mixes instead, as RWKV-LM's stage 2."""
     l2wrap: float = 1e-4
     """Pull on each position's largest logit; 0 = off."""
     head_chunk: int = 0
@@ -129,7 +147,8 @@ class DeviceOptions:
     """Devices."""
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
-    """Kind of device; auto = a GPU that torch sees, else the CPU; gpu = cuda; mps = Apple's."""
+    """Kind of device; auto = a GPU that torch sees, else the CPU; gpu = the same, and says so where
+    there is none; cuda = a GPU or an error; mps = Apple's."""
     devices: int | Literal["auto"] = "auto"
     """Devices per machine: a number, or auto (all GPUs, one CPU process)."""
     num_nodes: int = 1
@@ -152,8 +171,11 @@ class OutputOptions:
 
     proj_dir: str = "out"
     """The run folder."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto = go on with the run that proj_dir holds; never = refuse a folder that holds one."""
+    resume: Literal["auto", "never", "required"] = "auto"
+    """auto = go on with the run that proj_dir holds; never = refuse a folder that holds one;
+    required = refuse one that holds none."""
+    init_only: bool = False
+    """Write rwkv-init.pth and stop: RWKV-LM's stage 1."""
     random_seed: int = 42
     """Initial weights, shuffled order and samples."""
     epoch_save: int = 1
@@ -238,6 +260,11 @@ class TrainConfig:
             for name in ("beta1", "beta2")
             if not 0 <= flat[name] < 1
         ]
+        if flat["epoch_steps"] and flat["epoch_samples"]:
+            found.append(
+                f"epoch_steps={flat['epoch_steps']} and epoch_samples={flat['epoch_samples']} both "
+                "say how long a mini-epoch is: leave one out"
+            )
         if not 0 < flat["decay_share"] <= 1:
             found.append(f"decay_share={flat['decay_share']} must be in (0, 1]")
         if not -math.inf < flat["weight_decay_final"] < math.inf:
@@ -246,6 +273,34 @@ class TrainConfig:
             found.append(f"random_seed={flat['random_seed']} must fit into 64 bits")
         return found
 
+    def without_effect(self) -> list[str]:
+        """A line for each setting that was changed although the others give it nothing to do."""
+        now, default = self.to_flat(), TrainConfig().to_flat()
+        falls_by_steps = ("linear", "exponential", "cosine_exponential_mean")
+        rules = (
+            (("interpolate", "load_partial"), not now["load_model"], "without load_model"),
+            (("val_every", "val_windows"), not now["val_data_file"], "without val_data_file"),
+            (("sample_prompt", "sample_tokens"), not now["sample_every"], "without sample_every"),
+            (
+                ("lr_final",),
+                now["lr_schedule"] in ("constant", "wsd_cosine"),
+                f"with lr_schedule={now['lr_schedule']}",
+            ),
+            (("decay_share",), now["lr_schedule"] != "wsd", "without lr_schedule=wsd"),
+            (
+                ("hold_epochs",),
+                now["lr_schedule"] not in falls_by_steps,
+                f"with lr_schedule={now['lr_schedule']}",
+            ),
+            (("stage2_lr",), not now["layerwise_lr"], "with layerwise_lr=false"),
+        )
+        return [
+            f"{name}={now[name]!r} does nothing {why}"
+            for names, is_idle, why in rules
+            for name in names
+            if is_idle and now[name] != default[name]
+        ]
+
 
 _AT_LEAST = {
     **dict.fromkeys(("ctx_len", "micro_bsz", "accumulate_grad_batches"), 1),
@@ -253,6 +308,7 @@ _AT_LEAST = {
     **dict.fromkeys(("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn"), 1),
     **dict.fromkeys(("decay_rank", "a_rank", "v_rank", "g_rank"), 1),
     **dict.fromkeys(("epoch_steps", "epoch_count", "exit_tokens", "magic_prime"), 0),
+    **dict.fromkeys(("epoch_samples", "hold_epochs", "restart_warmup_steps"), 0),
     **dict.fromkeys(("epoch_save", "save_every", "val_every", "val_windows"), 0),
     **dict.fromkeys(("sample_every", "sample_tokens", "head_chunk", "threads"), 0),
     "warmup_steps": -1,
@@ -273,7 +329,7 @@ MAY_CHANGE_AT_RESUME = frozenset(
         *("epoch_count", "exit_tokens", "micro_bsz", "accumulate_grad_batches"),
         *("accelerator", "devices", "num_nodes", "strategy"),
         *("epoch_save", "save_every", "keep_last", "log_every", "val_every", "sample_every"),
-        *("tensorboard", "wandb", "resume", "proj_dir"),
+        *("tensorboard", "wandb", "resume", "proj_dir", "epoch_samples", "restart_warmup_steps"),
     }
 )
 """Settings that may differ from the interrupted run's; micro_bsz and accumulation only at one
@@ -319,9 +375,14 @@ def _fits(value: object, hint: Any) -> bool:
     return isinstance(value, int | float if hint is float else hint)
 
 
-def unknown_settings(names: Iterable[str]) -> str:
-    """The message about names that are no fields, with the nearest real one to each."""
-    known = [f.name for options in OPTION_GROUPS.values() for f in dataclasses.fields(options)]
+def unknown_settings(
+    names: Iterable[str], *, known: Collection[str] = (), command: str = "rwkvtune train"
+) -> str:
+    """The message about names that are no settings, with the nearest real one to each.
+
+    known: all names that there are; none = the settings.
+    """
+    known = known or setting_types()
     near = {name: difflib.get_close_matches(name, known, n=1) for name in names}
     hints = [f"{name} (did you mean {m[0]}?)" if m else name for name, m in near.items()]
-    return f"unknown settings: {', '.join(hints)}; `rwkvtune train --help` lists all"
+    return f"unknown settings: {', '.join(hints)}; `{command} --help` lists all"

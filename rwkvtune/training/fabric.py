@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def make_fabric(options: DeviceOptions, say: Callable[[str], None] = print) -> F
 
     say: gets one line for each setting that does something else than its name says.
     """
-    accelerator = _accelerator(options)
+    accelerator = _accelerator(options, say)
     devices = _device_count(options, accelerator)
     if options.precision == "fp16" and accelerator == "cpu":
         raise UserError(
@@ -73,13 +74,19 @@ def _precision(name: str, accelerator: str) -> Precision:
     return Precision()
 
 
-def _accelerator(options: DeviceOptions) -> str:
-    wanted = {"gpu": "cuda"}.get(options.accelerator, options.accelerator)
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+def _accelerator(options: DeviceOptions, say: Callable[[str], None]) -> str:
+    wanted = options.accelerator
+    if wanted in ("auto", "gpu"):
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted == "gpu" and found == "cpu":
+            say(
+                f"accelerator gpu: torch {torch.__version__} sees no GPU, so this runs on the CPU, "
+                "with the same mathematics"
+            )
+        return found
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            f"accelerator={options.accelerator}, but torch {torch.__version__} sees no GPU; "
+            f"accelerator=cuda, but torch {torch.__version__} sees no GPU; "
             "use --accelerator cpu, or install a torch build for your GPU"
         )
     if wanted == "mps" and not torch.backends.mps.is_available():
@@ -100,32 +107,50 @@ def _device_count(options: DeviceOptions, accelerator: str) -> int:
 
 
 def _strategy(name: str, total_devices: int, say: Callable[[str], None]) -> Any:
-    """Published names on torch's own engines: DDP, or FSDP2 where parameters or gradients are
-    sharded."""
+    """Published names on torch's own engines: DDP, or FSDP2 where something is sharded."""
     if total_devices == 1:
         if name not in ("auto", "ddp"):
-            say(f"strategy {name}: one device has nothing to shard, so this is a plain run")
+            say(
+                f"strategy {name}: one device has nothing to shard, so this is a plain run, with "
+                "the same mathematics"
+            )
         return "auto"
     if name.startswith("deepspeed"):
-        engine = "ddp" if name == "deepspeed_stage_1" else "fsdp"
-        say(f"strategy {name}: runs on torch's own {engine}; same mathematics")
-        name = engine
-    if name == "fsdp":
+        say(
+            f"strategy {name}: runs without DeepSpeed, on torch's own FSDP2, with the same "
+            f"mathematics; sharded are {_SHARDED[name]}"
+        )
+    if name == "fsdp" or name.startswith("deepspeed"):
+        shard = partial(_shard_blocks, keep_gathered=name == "deepspeed_stage_1")
         return ModelParallelStrategy(
-            _shard_blocks, data_parallel_size=total_devices, tensor_parallel_size=1
+            shard, data_parallel_size=total_devices, tensor_parallel_size=1
         )
     return DDPStrategy(gradient_as_bucket_view=True)
 
 
-def _shard_blocks(model: Any, device_mesh: Any) -> Any:
-    """One unit per block, gathered just before the block runs; the rest belongs to the model."""
+_SHARDED = {
+    "deepspeed_stage_1": "optimizer states, and gradients between steps; weights stay whole while "
+    "a step runs",
+    "deepspeed_stage_2": "optimizer states, gradients and weights",
+    "deepspeed_stage_3": "optimizer states, gradients and weights",
+}
+
+
+def _shard_blocks(model: Any, device_mesh: Any, keep_gathered: bool = False) -> Any:
+    """One unit per block, gathered just before the block runs; the rest belongs to the model.
+
+    keep_gathered: a block's weights stay whole from its forward to its backward pass, which saves
+    the second gathering; what lives between two steps is sharded all the same.
+    """
     from torch.distributed.fsdp import fully_shard
 
-    mesh = device_mesh["data_parallel"]
-    fully_shard(model.blocks[0].ln0, mesh=mesh)  # the model calls it before block 0
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    options: dict[str, Any] = {"mesh": device_mesh["data_parallel"]}
+    if keep_gathered:
+        options["reshard_after_forward"] = False
+    # The model calls ln0 before block 0.
+    for unit in (model.blocks[0].ln0, *model.blocks):
+        fully_shard(unit, **options)
+    return fully_shard(model, **options)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rwkvtune.checkpoint import save_weights
 from rwkvtune.data.batch import Batch
-from rwkvtune.data.binidx import BinIdx
-from rwkvtune.data.lm_dataset import LMDataset
-from rwkvtune.data.sampler import PublishedOrder, SampleOrder, ShuffledOrder
-from rwkvtune.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer, save_tokenizer
+from rwkvtune.data.prefetch import prefetched
+from rwkvtune.data.tokenizers import Tokenizer, save_tokenizer
 from rwkvtune.errors import UserError
-from rwkvtune.evaluation.perplexity import evaluate
+from rwkvtune.evaluation.perplexity import evaluate, together
 from rwkvtune.files import RunFolderLock, atomic_write, remove_leftovers
 from rwkvtune.inference.generate import generate
 from rwkvtune.kernels.dispatch import Choice, announce, resolve
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
 from rwkvtune.models import RWKV7Config, build_model, fill_model
+from rwkvtune.models.rwkv7.model import RWKV7
 from rwkvtune.training import starting_point
 from rwkvtune.training.config import TrainConfig, changes_refused
 from rwkvtune.training.fabric import (
@@ -37,12 +36,13 @@ from rwkvtune.training.fabric import (
     planned_world_size,
     unwrapped,
 )
+from rwkvtune.training.lm_data import LMData, open_data
 from rwkvtune.training.log import RunLog
 from rwkvtune.training.loop import fit
-from rwkvtune.training.memory import keep_freed_memory
+from rwkvtune.training.memory import PeakMemory, keep_freed_memory
 from rwkvtune.training.optim import build_optimizer
 from rwkvtune.training.plan import Plan, make_plan, memory_estimate
-from rwkvtune.training.run_state import Progress, RunState, read_state
+from rwkvtune.training.run_state import Progress, RunState, SavedState, read_state
 from rwkvtune.training.schedule import Schedule
 from rwkvtune.training.starting_point import StartingPoint
 
@@ -52,24 +52,27 @@ SAMPLE_TEMPERATURE = 0.8
 class LanguageModelRecipe:
     """Next-token prediction on windows of one token stream."""
 
-    def __init__(self, config: TrainConfig, plan: Plan, data: _Data, fabric: Any) -> None:
+    def __init__(self, config: TrainConfig, plan: Plan, data: LMData, fabric: Any) -> None:
         self.config, self.plan, self.data, self.fabric = config, plan, data, fabric
         self.measured: dict[str, float] = {}
         """The latest validation."""
 
     def batches(self, progress: Progress) -> Iterator[list[Batch]]:
+        return prefetched(map(self._batches_of, count(progress.step)))
+
+    def _batches_of(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of one step."""
         plan = self.plan
-        for step in count(progress.step):
-            first = step * plan.global_bsz
-            yield [
-                self.data.dataset.batch(
-                    first + i * plan.micro_bsz * plan.world_size,
-                    plan.micro_bsz,
-                    rank=self.fabric.global_rank,
-                    world_size=plan.world_size,
-                )
-                for i in range(plan.accumulate)
-            ]
+        first = step * plan.global_bsz
+        return [
+            self.data.dataset.batch(
+                first + i * plan.micro_bsz * plan.world_size,
+                plan.micro_bsz,
+                rank=self.fabric.global_rank,
+                world_size=plan.world_size,
+            )
+            for i in range(plan.accumulate)
+        ]
 
     def loss(
         self, model: nn.Module, batch: Batch, carry: None
@@ -82,26 +85,35 @@ class LanguageModelRecipe:
         return loss_sum, batch.target_tokens, None, {}
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        if self.data.validation is None:
+        sources = self.data.validation
+        if not sources:
             return {}
         tokenizer, ranks = self.data.tokenizer, self.plan.world_size
-        found = evaluate(
-            model,
-            self.data.validation.tokens,
-            ctx_len=self.plan.ctx_len,
-            batch_size=self.plan.micro_bsz,
-            device=self.fabric.device,
-            loss_head=partial(head_cross_entropy, l2wrap=0.0),
-            max_windows=self.config.output.val_windows,
-            byte_lengths=None if tokenizer is None else tokenizer.token_byte_lengths(),
-            reset_at_documents=self.config.data.reset_at_documents,
-            rank=self.fabric.global_rank,
-            world_size=ranks,
-            sum_over_ranks=None if ranks == 1 else partial(self.fabric.all_reduce, reduce_op="sum"),
-        )
-        self.measured = {"val_loss": found.loss, "val_perplexity": found.perplexity}
-        if found.bits_per_byte is not None:
-            self.measured["val_bits_per_byte"] = found.bits_per_byte
+        found = [
+            evaluate(
+                model,
+                source.tokens,
+                ctx_len=self.plan.ctx_len,
+                batch_size=self.plan.micro_bsz,
+                device=self.fabric.device,
+                loss_head=partial(head_cross_entropy, l2wrap=0.0),
+                max_windows=self.config.output.val_windows,
+                byte_lengths=None if tokenizer is None else tokenizer.token_byte_lengths(),
+                reset_at_documents=self.config.data.reset_at_documents,
+                rank=self.fabric.global_rank,
+                world_size=ranks,
+                sum_over_ranks=(
+                    None if ranks == 1 else partial(self.fabric.all_reduce, reduce_op="sum")
+                ),
+            )
+            for source in sources
+        ]
+        whole = together(found, self.data.validation_weights)
+        self.measured = {"val_loss": whole.loss, "val_perplexity": whole.perplexity}
+        if whole.bits_per_byte is not None:
+            self.measured["val_bits_per_byte"] = whole.bits_per_byte
+        losses = [part.loss for part in found]
+        self.measured |= dict(zip(self.data.validation_columns, losses, strict=False))
         return self.measured
 
     def sample(self, model: nn.Module, step: int) -> str | None:
@@ -140,10 +152,13 @@ class RunResult:
     validation data."""
 
 
-def train_language_model(config: TrainConfig) -> RunResult:
+def train_language_model(
+    config: TrainConfig, *, notes: Sequence[str] = (), rows: Sequence[tuple[str, str]] = ()
+) -> RunResult:
     """Pretrain, or go on pretraining, as `config` says; the README lists the files that appear in
     proj_dir.
 
+    notes: lines to print at the start.  rows: names and values to print above the table of the run.
     All that can be refused is refused before the run folder is touched or another process started.
     UserError says what is wrong. In a distributed run this does not return: each process ends here
     with the exit code.
@@ -151,23 +166,27 @@ def train_language_model(config: TrainConfig) -> RunResult:
     problems = config.problems()
     if problems:
         raise UserError("; ".join(problems))
-    notes: list[str] = []
-    fabric = make_fabric(config.device, say=notes.append)
+    said = list(notes)
+    fabric = make_fabric(config.device, say=said.append)
     if fabric.device.type == "cpu":
         keep_freed_memory()
-    job = _prepare(config, planned_world_size(fabric), fabric.device, notes)
+    job = _prepare(config, planned_world_size(fabric), fabric.device, said)
     progress, total_steps = job.start.progress, job.plan.total_steps
+    if config.output.init_only:
+        if fabric.is_global_zero:
+            _write_initial_weights(config, job, rows)
+        return RunResult(0, 0, 0.0, 0, {})
     if progress.step >= total_steps:
         if fabric.is_global_zero:
             print(
-                f"{config.output.proj_dir}: this run is finished ({progress.step} of {total_steps} "
-                "steps); a larger exit_tokens or epoch_count goes on from here"
+                f"{config.output.proj_dir}: this run is finished, at step {progress.step} "
+                f"({total_steps} asked for); a larger exit_tokens or epoch_count goes on from here"
             )
             _draw_if_outdated(Path(config.output.proj_dir))
         return RunResult(0, progress.step, progress.seconds, progress.tokens, {})
     with launched(fabric, threads=config.device.threads, same_for_all=job.summary):
         try:
-            exit_code, measured = _run(config, job, fabric)
+            exit_code, measured = _run(config, job, fabric, rows)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"out of memory: {str(error).splitlines()[0]} A smaller --micro_bsz with more "
@@ -181,7 +200,7 @@ def train_language_model(config: TrainConfig) -> RunResult:
 class _Job:
     """A run that nothing speaks against, before anything of it exists."""
 
-    data: _Data
+    data: LMData
     start: StartingPoint
     plan: Plan
     settings: dict[str, Any]
@@ -198,15 +217,12 @@ class _Job:
 
 def _prepare(config: TrainConfig, world_size: int, device: torch.device, notes: list[str]) -> _Job:
     """Look at all that the run needs, and raise UserError for what is wrong; writes nothing."""
-    data = _open_data(config)
+    data = open_data(config)
     start = starting_point.find(config, data.tokenizer, notes)
     data.check(start.model_config.vocab_size)
     _check_sampling(config, data.tokenizer, start.model_config.vocab_size, notes)
-    if data.validation is None and (config.output.val_every or config.output.val_windows):
-        notes.append("val_every and val_windows do nothing without val_data_file")
-    if config.model.interpolate and not config.model.load_model:
-        notes.append("interpolate does nothing without load_model")
-    plan = make_plan(config, world_size=world_size, num_slots=data.dataset.order.num_slots)
+    notes += config.without_effect()
+    plan = make_plan(config, world_size=world_size, num_slots=data.dataset.num_slots)
     settings = _settings(config, plan, start.model_config, data)
     if start.resume_state is not None:
         refused = start.problems + changes_refused(start.settings, settings)
@@ -220,7 +236,7 @@ def _prepare(config: TrainConfig, world_size: int, device: torch.device, notes: 
         progress.epoch = start.epochs_behind
         progress.step = progress.restart_step = start.epochs_behind * plan.epoch_steps
         progress.tokens = progress.step * plan.tokens_per_step
-    schedule = _schedule(config, plan, restart_step=start.progress.restart_step)
+    schedule = make_schedule(config, plan, restart_step=start.progress.restart_step)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.device.precision)
     kernel = resolve(
         "wkv7",
@@ -232,14 +248,34 @@ def _prepare(config: TrainConfig, world_size: int, device: torch.device, notes: 
     return _Job(data, start, plan, settings, schedule, kernel, notes)
 
 
-def _run(config: TrainConfig, job: _Job, fabric: Any) -> tuple[int, dict[str, float]]:
+def _write_initial_weights(config: TrainConfig, job: _Job, rows: Sequence[tuple[str, str]]) -> None:
+    """rwkv-init.pth and the tokenizer, and nothing else."""
+    folder, start = Path(config.output.proj_dir), job.start
+    log = RunLog(folder, total_steps=0)
+    for note in job.notes:
+        log.line(note)
+    of_weights = ("model", "parameters", "start", "data", "run folder")
+    log.table([*rows, *(row for row in _table(config, job) if row[0] in of_weights)])
+    with RunFolderLock(folder):
+        weights = _build_model(config, start).state_dict()
+        save_weights(folder / "rwkv-init.pth", weights, dtype=config.output.save_dtype)
+        if job.data.tokenizer is not None:
+            save_tokenizer(job.data.tokenizer, folder)
+    log.line(f"wrote {folder / 'rwkv-init.pth'}; a run in this folder starts from it")
+
+
+def _run(
+    config: TrainConfig, job: _Job, fabric: Any, rows: Sequence[tuple[str, str]]
+) -> tuple[int, dict[str, float]]:
     """Put the run together and train; returns the exit code and the latest validation."""
     folder, start, plan = Path(config.output.proj_dir), job.start, job.plan
     is_zero = fabric.is_global_zero
+    memory = PeakMemory(fabric.device.type)
     log = RunLog(
         folder,
         total_steps=plan.total_steps,
         log_every=config.output.log_every,
+        extra_columns=job.data.validation_columns,
         is_rank_zero=is_zero,
         tensorboard=config.output.tensorboard,
         wandb_project=config.output.wandb,
@@ -269,10 +305,13 @@ def _run(config: TrainConfig, job: _Job, fabric: Any) -> tuple[int, dict[str, fl
         try:
             for note in job.notes:
                 log.line(note)
-            log.table(_table(config, job))
+            log.table([*rows, *_table(config, job)])
             stopped = fit(
                 fabric, state, recipe, plan, job.schedule, config.optimizer, config.output, log
             )
+            if (used := memory.used()) is not None:
+                estimate = memory_estimate(start.model_config, config)
+                log.line(f"memory used {_gigabytes(used)}, estimated {_gigabytes(estimate)}")
         finally:
             log.close()
         if is_zero:
@@ -301,20 +340,8 @@ def _build_state(
     """Model and optimizer on their devices, as the starting point has them."""
     start, o = job.start, config.optimizer
     torch.manual_seed(config.output.random_seed)
-    model = build_model(
-        start.model_config,
-        seed=config.output.random_seed,
-        initial_values=start.resume_state is None
-        and (start.weights is None or config.model.interpolate),
-    )
-    model.grad_cp = config.device.grad_cp
-    model.backend = config.device.kernel
     saved = None if start.resume_state is None else read_state(start.resume_state)
-    if saved is not None:
-        fill_model(model, saved.model, str(saved.folder))
-    elif start.weights is not None:
-        missing_ones = model.state_dict() if config.model.interpolate else {}
-        fill_model(model, missing_ones | start.weights, start.source)
+    model = _build_model(config, start, saved)
     wrapped = fabric.setup_module(model)  # before the optimizer: sharding makes new parameters
     optimizer = build_optimizer(
         unwrapped(wrapped).named_parameters(),
@@ -323,6 +350,7 @@ def _build_state(
         eps=o.adam_eps,
         weight_decay=o.weight_decay,
         layerwise_lr=o.layerwise_lr,
+        stage2=o.stage2_lr,
         # torch's fused kernel would unscale fp16 gradients by itself, after they were clipped.
         fused=False if config.device.precision == "fp16" else "auto",
     )
@@ -339,49 +367,23 @@ def _build_state(
     return state
 
 
-@dataclass(frozen=True)
-class _Data:
-    dataset: LMDataset
-    train: BinIdx
-    validation: BinIdx | None
-    tokenizer: Tokenizer | None
-
-    def check(self, vocab_size: int) -> None:
-        """UserError for an id that the model has no row for, and for validation data that nothing
-        could be measured on."""
-        self.train.check_ids(vocab_size)
-        if self.validation is None:
-            return
-        if len(self.validation) < 2:
-            raise UserError(f"{self.validation.bin_path}: one token is too little to validate on")
-        if self.tokenizer is not None:  # it tells the bytes of each token
-            vocab_size = min(vocab_size, self.tokenizer.vocab_size)
-        self.validation.check_ids(vocab_size)
-
-    @property
-    def fingerprint(self) -> str:
-        """Tells other data under the same name: length, and a checksum over both ends."""
-        tokens, part = self.train.tokens, 2**19
-        crc = zlib.crc32(tokens[:part].tobytes(), zlib.crc32(tokens[-part:].tobytes()))
-        return f"{len(tokens)} tokens, crc32 {crc:08x}"
-
-
-def _open_data(config: TrainConfig) -> _Data:
-    d = config.data
-    train = BinIdx(d.data_file)
-    validation = BinIdx(d.val_data_file) if d.val_data_file else None
-    order: SampleOrder
-    if d.order == "published":
-        order = PublishedOrder(len(train), d.ctx_len, d.magic_prime)
-    elif d.magic_prime:
-        raise UserError(
-            f"magic_prime={d.magic_prime} has no meaning for order=shuffled: leave it out"
-        )
-    else:
-        order = ShuffledOrder(len(train), d.ctx_len, config.output.random_seed)
-    dataset = LMDataset(train.tokens, order, d.ctx_len, d.reset_at_documents)
-    tokenizer = load_tokenizer(d.tokenizer) if d.tokenizer else find_tokenizer(train.prefix)
-    return _Data(dataset, train, validation, tokenizer)
+def _build_model(
+    config: TrainConfig, start: StartingPoint, saved: SavedState | None = None
+) -> RWKV7:
+    """The model with the weights that training starts from."""
+    model = build_model(
+        start.model_config,
+        seed=config.output.random_seed,
+        initial_values=saved is None and (start.weights is None or start.has_gaps),
+    )
+    model.grad_cp = config.device.grad_cp
+    model.backend = config.device.kernel
+    if saved is not None:
+        fill_model(model, saved.model, str(saved.folder))
+    elif start.weights is not None:
+        initial = model.state_dict() if start.has_gaps else {}
+        fill_model(model, {**initial, **start.weights}, start.source)
+    return model
 
 
 def _check_sampling(
@@ -401,7 +403,7 @@ def _check_sampling(
         )
 
 
-def _settings(config: TrainConfig, plan: Plan, model: RWKV7Config, data: _Data) -> dict[str, Any]:
+def _settings(config: TrainConfig, plan: Plan, model: RWKV7Config, data: LMData) -> dict[str, Any]:
     """What a resume compares: the flags, with what was left open replaced by what it came to."""
     flags = {k: v for k, v in config.to_flat().items() if k not in starting_point.DIMENSIONS}
     return flags | {
@@ -412,22 +414,28 @@ def _settings(config: TrainConfig, plan: Plan, model: RWKV7Config, data: _Data) 
     }
 
 
-def _schedule(config: TrainConfig, plan: Plan, *, restart_step: int) -> Schedule:
+def make_schedule(config: TrainConfig, plan: Plan, *, restart_step: int) -> Schedule:
+    """The learning rate of a run.
+
+    restart_step: where it went on from bare weights; 0 = nowhere.
+    """
     s, o = config.schedule, config.optimizer
     length = plan.total_steps * plan.tokens_per_step
     warmup = s.warmup_steps
     if restart_step and warmup < 0:
-        warmup = starting_point.RESTART_WARMUP_STEPS
+        warmup = s.restart_warmup_steps
     return Schedule(
         kind=s.lr_schedule,
         lr_init=s.lr_init,
         lr_final=s.lr_final,
         warmup_steps=warmup,
-        total_tokens=min(length, s.exit_tokens or length),
+        total_tokens=s.exit_tokens or length,
         tokens_per_step=plan.tokens_per_step,
         decay_share=s.decay_share,
         weight_decay=o.weight_decay,
         weight_decay_final=o.weight_decay_final,
+        hold_steps=s.hold_epochs * plan.epoch_steps,
+        epoch_schedule_steps=plan.epoch_schedule_steps,
         restart_step=restart_step,
     )
 
@@ -436,9 +444,7 @@ def _table(config: TrainConfig, job: _Job) -> list[tuple[str, str]]:
     """What the run prints at its start."""
     plan, start, data = job.plan, job.start, job.data
     m, d = start.model_config, config.device
-    passes = plan.total_steps * plan.global_bsz / data.dataset.order.num_slots
-    memory = memory_estimate(m, config) / 1e9
-    validation = "none" if data.validation is None else f"{len(data.validation):,} tokens"
+    memory = _gigabytes(memory_estimate(m, config))
     return [
         (
             "model",
@@ -447,8 +453,8 @@ def _table(config: TrainConfig, job: _Job) -> list[tuple[str, str]]:
         ),
         ("parameters", f"{m.num_parameters:,}"),
         ("start", start.source),
-        ("data", f"{data.train.prefix}: {len(data.train):,} tokens, order {config.data.order}"),
-        ("validation", validation),
+        ("data", f"{data.training_in_words()}, order {config.data.order}"),
+        ("validation", data.validation_in_words()),
         (
             "tokens per step",
             f"{plan.tokens_per_step:,} = {plan.world_size} device(s) x micro_bsz {plan.micro_bsz} "
@@ -459,12 +465,16 @@ def _table(config: TrainConfig, job: _Job) -> list[tuple[str, str]]:
             f"{plan.total_steps:,}, {plan.epoch_steps:,} per mini-epoch, from "
             f"{start.progress.step:,}",
         ),
-        ("passes over data", f"{passes:.2f}"),
-        ("memory", f"about {memory:.2g} GB per device (estimate)"),
+        ("passes over data", data.passes_in_words(plan.total_steps * plan.global_bsz)),
+        ("memory", f"about {memory} per device (estimate)"),
         ("kernel", f"wkv7 {job.kernel.backend} ({job.kernel.reason})"),
         ("precision", f"{d.precision}, {torch.get_num_threads()} CPU threads"),
         ("run folder", config.output.proj_dir),
     ]
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"
 
 
 def _write_config(config: TrainConfig, model: RWKV7Config, path: Path) -> None:

@@ -18,7 +18,7 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
@@ -36,6 +36,12 @@ COLUMNS = (
 """Columns of metrics.csv. Losses in nats per token; tokens since the first step, of all ranks;
 seconds of training. Empty where a step has no value."""
 
+METRICS_NEED = ("step", "loss")
+"""By these columns a metrics.csv is told from other files."""
+
+PER_SOURCE = "val_loss/"
+"""How the columns begin that a run with several sources of validation data adds behind val_loss."""
+
 Row = Mapping[str, float | None]
 """Values of one step by column name; "step" is always there, other columns may be missing."""
 
@@ -51,6 +57,8 @@ class RunLog:
     total_steps: the step number at which training ends.
     log_every: steps from one logged step to the next. The last step, and those with a validation,
     are always logged.
+    extra_columns: what metrics.csv holds besides COLUMNS: validation losses per source,
+    val_loss/NAME.
     wandb_project: "" = no wandb. Its files lie below the run folder; with WANDB_MODE=offline in the
     environment they stay there.
     UserError when an option needs a package that is not installed.
@@ -62,6 +70,7 @@ class RunLog:
         *,
         total_steps: int,
         log_every: int = 1,
+        extra_columns: Sequence[str] = (),
         is_rank_zero: bool = True,
         tensorboard: bool = False,
         wandb_project: str = "",
@@ -69,6 +78,14 @@ class RunLog:
     ) -> None:
         if log_every < 1:
             raise UserError(f"log_every is {log_every}: give the number of steps, 1 or more")
+        for name in extra_columns:
+            if not name.startswith(PER_SOURCE) or set(name) & set(',"') or not name.isprintable():
+                raise UserError(
+                    f"{name!r} cannot be a column of metrics.csv: expected {PER_SOURCE}NAME, where "
+                    "NAME has no comma, quote or control character"
+                )
+        after_val_loss = COLUMNS.index("val_loss") + 1
+        self.columns = (*COLUMNS[:after_val_loss], *extra_columns, *COLUMNS[after_val_loss:])
         self.folder = Path(folder)
         self.total_steps, self.log_every = total_steps, log_every
         self.is_active = is_rank_zero
@@ -97,7 +114,9 @@ class RunLog:
         timestamp = datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
         for tracker in self._trackers:  # first: they may refuse
             tracker.start(arguments, f"{run_name} {timestamp}", step)
-        self._metrics = MetricsFile(self.folder / "metrics.csv", last_step=step)
+        self._metrics = StepTable(
+            self.folder / "metrics.csv", self.columns, needed=METRICS_NEED, last_step=step
+        )
         self._train_log = TrainLogFile(self.folder / "train_log.txt", next_epoch=epoch)
         self._train_log.begin_run(timestamp, arguments)
         self._times.append((step, time.monotonic()))
@@ -125,8 +144,8 @@ class RunLog:
         )
 
     def validation(self, row: Row) -> None:
-        """Report step, val_loss, val_perplexity, val_bits_per_byte; call it before `step` of that
-        number. One that no step follows gets a row of its own."""
+        """Report step, val_loss, val_perplexity, val_bits_per_byte, extra columns; call it before
+        `step` of that number. One that no step follows gets a row of its own."""
         if not self.is_active:
             return
         self._record_unclaimed_validation()
@@ -137,6 +156,9 @@ class RunLog:
             text += f"  perplexity {perplexity:.2f}"
         if (bits := row.get("val_bits_per_byte")) is not None:
             text += f"  {bits:.4f} bits per byte"
+        for name, value in row.items():
+            if name.startswith(PER_SOURCE) and value is not None:
+                text += f"  {name.removeprefix(PER_SOURCE)} {value:.4f}"
         self.line(text)
 
     def epoch(self, epoch: int, mean_loss: float, lr: float, epoch_of_this_run: int) -> None:
@@ -209,25 +231,33 @@ class RunLog:
         return "  ".join(texts)
 
 
-class MetricsFile:
-    """metrics.csv: one row per logged step, columns `COLUMNS`.
+class StepTable:
+    """A CSV file of numbers with a row per logged step, such as metrics.csv.
 
-    Opening it drops rows after `last_step` and any that are damaged.
+    Opening it drops rows after `last_step` and any that are damaged. An older file gets the columns
+    that it lacks, and keeps behind them those that nobody writes any more. UserError when the file
+    lacks a column of `needed`.
     """
 
-    def __init__(self, path: Path, *, last_step: int) -> None:
+    def __init__(
+        self, path: Path, columns: Sequence[str], *, needed: Sequence[str], last_step: int
+    ) -> None:
+        rows = read_table(path, needed=needed)
+        known_before = rows[0].text if rows else {}
         self.path = path
-        kept = [_csv_line(COLUMNS)]
-        for row in read_metrics(path):
+        self.columns = (*columns, *(name for name in known_before if name not in columns))
+        kept = [_csv_line(self.columns)]
+        for row in rows:
             if row.values["step"] <= last_step:
-                kept.append(_csv_line([row.text.get(name, "") for name in COLUMNS]))
+                kept.append(_csv_line([row.text.get(name, "") for name in self.columns]))
         content = "".join(kept).encode()
         if not path.exists() or path.read_bytes() != content:
             atomic_write(path, lambda file: file.write(content))
 
     def append(self, row: Row) -> None:
-        assert set(row) <= set(COLUMNS), f"not in COLUMNS: {set(row) - set(COLUMNS)}"
-        _append(self.path, _csv_line([_csv_value(name, row.get(name)) for name in COLUMNS]))
+        unknown = set(row) - set(self.columns)
+        assert not unknown, f"{self.path.name} has no columns {unknown}"
+        _append(self.path, _csv_line([_csv_value(name, row.get(name)) for name in self.columns]))
 
 
 class TrainLogFile:
@@ -263,17 +293,24 @@ class TrainLogFile:
         )
 
 
-class MetricsRow(NamedTuple):
+class TableRow(NamedTuple):
     values: dict[str, float]
     """By column name; nan where the cell is empty."""
     text: dict[str, str]
     """The cells as they stand in the file, by column name."""
 
 
-def read_metrics(path: str | Path) -> list[MetricsRow]:
-    """The whole rows of a metrics.csv in the file's order; none when there is no such file.
+def read_metrics(path: str | Path) -> list[TableRow]:
+    """The whole rows of a metrics.csv in the file's order, with whatever columns it has; none when
+    there is no such file. UserError when the file is something else."""
+    return read_table(path, needed=METRICS_NEED)
 
-    A row that was cut short or damaged is left out. UserError when the file is something else.
+
+def read_table(path: str | Path, *, needed: Sequence[str]) -> list[TableRow]:
+    """The whole rows of a CSV file of numbers; none when there is no such file.
+
+    A row that was cut short or damaged is left out. UserError when the header lacks a column of
+    `needed`.
     """
     path = Path(path)
     if not path.exists():
@@ -281,10 +318,11 @@ def read_metrics(path: str | Path) -> list[MetricsRow]:
     lines = path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True)
     lines = [line for line in lines if line.endswith("\n")]
     header = lines[0].strip().split(",") if lines else []
-    if lines and not {"step", "loss"} <= set(header):
+    if lines and not set(needed) <= set(header):
         raise UserError(
-            f"{path} holds no training metrics: its first line has to name the columns step and "
-            f"loss, it is {lines[0].strip()[:80]!r}. Move the file away or choose another folder."
+            f"{path} holds no training metrics: its first line has to name the columns "
+            f"{' and '.join(needed)}, it is {lines[0].strip()[:80]!r}. Move the file away or "
+            "choose another folder."
         )
     rows = []
     for line in lines[1:]:
@@ -295,7 +333,7 @@ def read_metrics(path: str | Path) -> list[MetricsRow]:
         except ValueError:
             continue
         if len(cells) == len(header) and math.isfinite(values["step"]):
-            rows.append(MetricsRow(values, text))
+            rows.append(TableRow(values, text))
     return rows
 
 

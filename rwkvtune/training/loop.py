@@ -88,9 +88,11 @@ def fit(
             _save_state(fabric, state, folder, output)
             _save_weights(fabric, state, folder, output, "rwkv-init.pth")
         batches = recipe.batches(progress)
+        waited = trained_for = 0.0
         while progress.step < plan.total_steps:
             begin = time.perf_counter()
             micro_batches = next(batches)
+            waited += time.perf_counter() - begin
             lr = schedule.lr_at(progress.step)
             weight_decay = schedule.weight_decay_at(progress.step)
             set_hyperparameters(optimizer, lr=lr, weight_decay=weight_decay)
@@ -124,6 +126,7 @@ def fit(
             progress.step += 1
             progress.tokens += plan.tokens_per_step
             progress.seconds += took
+            trained_for += took
             progress.epoch_loss += loss
             progress.epoch_loss_steps += 1
             is_over = progress.step == plan.total_steps
@@ -173,6 +176,7 @@ def fit(
             if must_stop:
                 log.line(f"stopped after step {progress.step}; the same command goes on from there")
                 return stop.answer()
+        log.line(f"waited for data during {waited / trained_for:.2%} of the training time")
     return None
 
 

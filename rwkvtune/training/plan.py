@@ -19,6 +19,8 @@ class Plan:
     accumulate: int
     ctx_len: int
     epoch_steps: int
+    epoch_schedule_steps: int
+    """Length that the mini-epochs alone give; total_steps may be less because of exit_tokens."""
     total_steps: int
 
     @property
@@ -40,8 +42,15 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int) -> Plan:
     s = config.schedule
     global_bsz = world_size * s.micro_bsz * s.accumulate_grad_batches
     tokens_per_step = global_bsz * config.data.ctx_len
-    epoch_steps = s.epoch_steps or num_slots // global_bsz
-    if epoch_steps == 0:
+    pass_steps = num_slots // global_bsz
+    epoch_steps = s.epoch_steps or s.epoch_samples // global_bsz or pass_steps
+    if 0 < s.epoch_samples < global_bsz:
+        raise UserError(
+            f"epoch_samples={s.epoch_samples} is less than one step of {global_bsz} windows: use a "
+            "smaller batch or a longer mini-epoch"
+        )
+    length_is_open = not (s.exit_tokens or s.epoch_count or s.epoch_steps)
+    if epoch_steps == 0 or (length_is_open and pass_steps == 0):
         raise UserError(
             f"one pass over this data is {num_slots} windows of {config.data.ctx_len} tokens, less "
             f"than one step of {global_bsz} (micro_bsz {s.micro_bsz} x accumulate_grad_batches "
@@ -49,14 +58,17 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int) -> Plan:
             "or set epoch_steps to go over it several times"
         )
     by_tokens = -(-s.exit_tokens // tokens_per_step)
-    by_epochs = (s.epoch_count or (0 if by_tokens else 1)) * epoch_steps
-    total_steps = min(n for n in (by_tokens, by_epochs) if n)
+    by_epochs = s.epoch_count * epoch_steps
+    # What the data decides: one pass, as upstream in whole mini-epochs where there are any.
+    one_pass = num_slots // s.epoch_samples * epoch_steps if s.epoch_samples else epoch_steps
+    total_steps = min((n for n in (by_tokens, by_epochs) if n), default=one_pass or pass_steps)
     return Plan(
         world_size,
         s.micro_bsz,
         s.accumulate_grad_batches,
         config.data.ctx_len,
         epoch_steps,
+        by_epochs or one_pass or pass_steps,
         total_steps,
     )
 

@@ -25,9 +25,6 @@ DIMENSIONS = (
     "decay_rank", "a_rank", "v_rank", "g_rank",
 )  # fmt: skip
 
-RESTART_WARMUP_STEPS = 10
-"""Warmup of a run that goes on from bare weights when none is asked for (RWKV-LM train_temp)."""
-
 
 @dataclass
 class StartingPoint:
@@ -36,6 +33,8 @@ class StartingPoint:
     """What the start of the run prints."""
     weights: dict[str, Tensor] | None = None
     """To load into the model; None = initial values, or those of the resume state."""
+    has_gaps: bool = False
+    """The weights lack tensors, which get initial values."""
     resume_state: Path | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     """The interrupted run's settings."""
@@ -85,7 +84,23 @@ def _find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) ->
             f"{folder} already holds a run and resume=never: choose another proj_dir, or "
             "--resume auto to go on"
         )
+    if config.output.resume == "required" and not holds_a_run:
+        raise UserError(
+            f"{folder} holds no run to go on with and resume=required: write its rwkv-init.pth "
+            "first (--init_only true, RWKV-LM's stage 1), or check proj_dir"
+        )
     given = config.model.load_model
+    if config.output.init_only:
+        if state or numbered or final.exists():
+            raise UserError(
+                f"{folder} holds a run that has begun, and init_only would give it other initial "
+                "weights: choose another proj_dir, or leave init_only out to go on"
+            )
+        if initial.exists():
+            notes.append(f"{initial} is written anew")
+        if given:
+            return _from_file(config.model, Path(given), notes, may_resize=True)
+        return StartingPoint(_fresh_config(config.model, tokenizer), "initial values")
     if state is not None:
         meta = load_resume_meta(state)
         recorded = RWKV7Config(**meta["settings"]["model"])
@@ -104,33 +119,38 @@ def _find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) ->
             f"mini-epoch {number}, with a new optimizer and a new warmup"
             + (f"; load_model={given} is not used" if given else "")
         )
-        return _from_file(config.model, path, epochs_behind=number + 1)
+        return _from_file(config.model, path, notes, epochs_behind=number + 1)
     if final.exists():
         raise UserError(
             f"{folder} holds a finished run without a resume state: to train on from its weights, "
             f"give --load_model {final} and another proj_dir"
         )
     if given:
-        return _from_file(config.model, Path(given), notes=notes)
+        return _from_file(config.model, Path(given), notes, may_resize=True)
     if initial.exists():
-        return _from_file(config.model, initial)
+        return _from_file(config.model, initial, notes)
     return StartingPoint(_fresh_config(config.model, tokenizer), "initial values")
 
 
 def _from_file(
-    flags: ModelOptions, path: Path, *, epochs_behind: int = 0, notes: list[str] | None = None
+    flags: ModelOptions,
+    path: Path,
+    notes: list[str],
+    *,
+    epochs_behind: int = 0,
+    may_resize: bool = False,
 ) -> StartingPoint:
     weights = load_weights(path)
     config = config_from_state_dict(weights)
-    if flags.interpolate and notes is not None:
+    may_resize = may_resize and flags.interpolate
+    if may_resize:
         wanted = {name: getattr(flags, name) for name in DIMENSIONS}
-        target = RWKV7Config(
+        config = RWKV7Config(
             **{n: getattr(config, n) if v is None else v for n, v in wanted.items()}
         )
-        weights = _interpolated(weights, target, notes)
-        config = target
-    else:
-        _check_fits(weights, config, path)
+        weights = _interpolated(weights, config, notes)
+    lacking = _check_fits(weights, config, path, may_lack=may_resize or flags.load_partial)
+    notes += [f"initial values for {name}: not in {path}" for name in lacking]
     wrong = _disagreements(flags, config, "file")
     if wrong:
         raise UserError(
@@ -138,16 +158,25 @@ def _from_file(
             "dimensions are read from the weights (or, with load_model, resize them by "
             "--interpolate true)"
         )
-    return StartingPoint(config, f"weights of {path}", weights, epochs_behind=epochs_behind)
+    return StartingPoint(
+        config, f"weights of {path}", weights, bool(lacking), epochs_behind=epochs_behind
+    )
 
 
-def _check_fits(weights: Mapping[str, Tensor], config: RWKV7Config, path: Path) -> None:
-    """UserError, before the run folder is made, for tensors that are missing or do not fit."""
+def _check_fits(
+    weights: Mapping[str, Tensor], config: RWKV7Config, path: Path, *, may_lack: bool
+) -> list[str]:
+    """Names of the model's tensors that the weights lack, which is all right if they may.
+
+    UserError, before the run folder is made, for tensors that are missing or do not fit.
+    """
     with torch.device("meta"):
         model = build_model(config, initial_values=False)
+    whole = model.state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch: copying to a meta tensor does nothing
-        fill_model(model, weights, str(path))
+        fill_model(model, {**whole, **weights} if may_lack else weights, str(path))
+    return [name for name in whole if name not in weights] if may_lack else []
 
 
 def _disagreements(flags: ModelOptions, found: RWKV7Config, source: str) -> list[str]:
@@ -174,8 +203,7 @@ def _fresh_config(flags: ModelOptions, tokenizer: Tokenizer | None) -> RWKV7Conf
 def _interpolated(
     weights: Mapping[str, Tensor], target: RWKV7Config, notes: list[str]
 ) -> dict[str, Tensor]:
-    """Every tensor of a file resized to a model of other dimensions; what the file lacks keeps its
-    initial values.
+    """Every tensor of a file resized to a model of other dimensions.
 
     As upstream's stage 1: along the first axis, position i of n takes the value at i * (rows / n),
     linear between two rows.  UserError for a tensor that has no place there, or differs in its
@@ -191,8 +219,6 @@ def _interpolated(
             f"these weights hold {unknown[0]}, which the wanted model (n_layer {target.n_layer}) "
             "does not have"
         )
-    lacking = [name for name in shapes if name not in weights]
-    notes += [f"initial values for {name}: not in the file" for name in lacking]
     result = {}
     for name, tensor in weights.items():
         shape = shapes[name]

@@ -15,11 +15,9 @@ import yaml
 from rwkvtune.checkpoint import save_weights
 from rwkvtune.cli.main import main
 from rwkvtune.cli.train import (
-    config_first,
-    config_from,
     for_launcher,
     make_parser,
-    with_plain_booleans,
+    parse_settings,
 )
 from rwkvtune.data.binidx import BinIdxWriter
 from rwkvtune.errors import UserError
@@ -31,7 +29,7 @@ DEFAULTS = TrainConfig().to_flat()
 
 
 def parse(*argv: str) -> dict[str, Any]:
-    return config_from(make_parser().parse_args(config_first(with_plain_booleans(argv)))).to_flat()
+    return TrainConfig.from_flat(parse_settings(make_parser(), argv)).to_flat()
 
 
 def another(name: str) -> Any:
@@ -181,7 +179,7 @@ REFUSALS = {
     "prime without use": Refusal(
         [*DATA, "--order", "shuffled", "--magic_prime", "29"], "has no meaning for order=shuffled"
     ),
-    "no GPU": Refusal([*DATA, "--accelerator", "gpu"], "sees no GPU; use --accelerator cpu"),
+    "no GPU": Refusal([*DATA, "--accelerator", "cuda"], "sees no GPU; use --accelerator cpu"),
     "fp16": Refusal(
         [*DATA, "--accelerator", "cpu", "--precision", "fp16"], "no loss scaling to keep small"
     ),
@@ -230,7 +228,7 @@ def test_the_config_that_a_run_writes_goes_on_with_it_and_begins_another_like_it
     config = str(folder / "config.yaml")
     capsys.readouterr()
     assert main(["train", "--config", config]) == 0
-    assert "is finished (2 of 2 steps)" in capsys.readouterr().out
+    assert "is finished, at step 2 (2 asked for)" in capsys.readouterr().out
     assert main(["train", "--config", config, "--exit_tokens", "192"]) == 0
     assert "from 2" in capsys.readouterr().out
     shutil.copy(config, tmp_path / "first.yaml")

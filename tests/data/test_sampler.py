@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkvtune.data.sampler import PublishedOrder, ShuffledOrder, magic_prime
+from rwkvtune.data.sampler import PublishedOrder, RandomOrder, ShuffledOrder, magic_prime
 from rwkvtune.errors import UserError
 
 
@@ -162,8 +162,21 @@ def test_all_permutations_of_three_windows_occur_equally_often() -> None:
 
 
 def test_too_few_tokens_for_one_window_says_how_many_are_needed() -> None:
-    with pytest.raises(
-        UserError, match="32 tokens are too few for ctx_len 32: one window needs 33"
-    ):
-        ShuffledOrder(32, 32, seed=1)
-    assert ShuffledOrder(33, 32, seed=1).start(12345) == 0
+    for order in (ShuffledOrder, RandomOrder):
+        with pytest.raises(
+            UserError, match="32 tokens are too few for ctx_len 32: one window needs 33"
+        ):
+            order(32, 32, seed=1)
+        assert order(33, 32, seed=1).start(12345) == 0
+
+
+def test_random_order_draws_every_start_equally_often_and_repeats_itself_exactly() -> None:
+    draws, places = 40_000, 20 - 5  # starts 0 .. 14 leave room for 5 inputs and the last target
+    order = RandomOrder(20, 5, seed=9)
+    starts = [order.start(i) for i in range(draws)]
+    counts = np.bincount(starts, minlength=places)
+    assert len(counts) == places
+    chi_square = ((counts - draws / places) ** 2 / (draws / places)).sum()
+    assert chi_square < places - 1 + 5 * (2 * (places - 1)) ** 0.5  # five standard deviations
+    assert starts[::-1] == [RandomOrder(20, 5, seed=9).start(i) for i in reversed(range(draws))]
+    assert starts != [RandomOrder(20, 5, seed=10).start(i) for i in range(draws)]

@@ -70,7 +70,7 @@ def test_ddp_launched_by_the_command_itself_equals_one_process(
     assert_same_numbers(folder, alone)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_1"])
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_1", "deepspeed_stage_2"])
 def test_under_torchrun_a_stop_asked_of_one_rank_stops_all_and_one_process_goes_on(
     strategy: str, alone: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from rwkvtune.errors import UserError
 from rwkvtune.models import build_model, config_from_state_dict
 from rwkvtune.training.config import TrainConfig
 from rwkvtune.training.lm import RunResult, train_language_model
+from rwkvtune.training.plan import make_plan
 from tests.training.runs import epoch_lines, losses, metrics
 
 SETTINGS = {
@@ -221,11 +222,77 @@ def test_settings_without_effect_are_told(
         "strategy": "fsdp",
         "micro_bsz": 1,
         "interpolate": True,
+        "lr_schedule": "constant",
+        "lr_final": 1e-5,
+        "decay_share": 0.5,
+        "hold_epochs": 1,
     }
     train(bare, tmp_path / "run", exit_tokens=64, **more, precision="tf32")
     told = capsys.readouterr().out
     assert "no samples: the data has no tokenizer" in told
-    assert "val_every and val_windows do nothing without val_data_file" in told
-    assert "interpolate does nothing without load_model" in told
+    assert "val_every=1 does nothing without val_data_file" in told
+    assert "interpolate=True does nothing without load_model" in told
+    assert "lr_final=1e-05 does nothing with lr_schedule=constant" in told
+    assert "decay_share=0.5 does nothing without lr_schedule=wsd" in told
+    assert "hold_epochs=1 does nothing with lr_schedule=constant" in told
     assert "strategy fsdp: one device has nothing to shard" in told
     assert "precision tf32: a cpu device has no tf32" in told
+
+
+def test_sample_settings_without_samples_are_told() -> None:
+    config = TrainConfig.from_flat({"sample_prompt": "Once", "layerwise_lr": False})
+    assert config.without_effect() == ["sample_prompt='Once' does nothing without sample_every"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_without_a_gpu_runs_on_the_cpu_and_says_so(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    length = {"micro_bsz": 1, "exit_tokens": 64}
+    train(text, tmp_path / "gpu", accelerator="gpu", strategy="deepspeed_stage_2", **length)
+    told = capsys.readouterr().out
+    assert "accelerator gpu: torch" in told and "this runs on the CPU" in told
+    assert "deepspeed_stage_2: one device has nothing to shard" in told
+    train(text, tmp_path / "cpu", **length)
+    assert losses(tmp_path / "gpu") == losses(tmp_path / "cpu")
+
+
+def test_init_only_writes_the_weights_that_a_run_of_the_same_seed_starts_from(
+    text: Path, tmp_path: Path
+) -> None:
+    train(text, tmp_path / "init", init_only=True)
+    assert sorted(p.name for p in (tmp_path / "init").iterdir() if p.name[0] != ".") == [
+        "rwkv-init.pth",
+        "tokenizer.json",
+    ]
+    train(text, tmp_path / "run", micro_bsz=1, exit_tokens=64)
+    alone, of_run = (load_weights(tmp_path / f / "rwkv-init.pth") for f in ("init", "run"))
+    assert alone.keys() == of_run.keys()
+    assert all(torch.equal(alone[name], of_run[name]) for name in alone)
+    # Other settings than stage 1's may follow, and the run starts from the file.
+    train(text, tmp_path / "init", micro_bsz=1, exit_tokens=64, resume="required", lr_init=0)
+    final = load_weights(tmp_path / "init" / "rwkv-final.pth")
+    assert all(torch.equal(alone[name], final[name]) for name in alone)
+    with pytest.raises(UserError, match="a run that has begun"):
+        train(text, tmp_path / "init", init_only=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_slots", "expected"),
+    [
+        # RWKV-LM: epoch_steps = 40320 / batch, epoch_count = magic_prime // 40320.
+        ({"epoch_samples": 40320}, 2926181, (2520, 72 * 2520)),
+        ({"epoch_samples": 40320, "exit_tokens": 1498226207}, 2926181, (2520, 182889)),
+        ({"epoch_samples": 40320, "epoch_count": 3}, 2926181, (2520, 7560)),
+        ({"epoch_samples": 40320}, 1000, (2520, 62)),  # less than one mini-epoch: one pass
+        ({"epoch_samples": 100}, 1000, (6, 60)),
+        ({"epoch_steps": 7, "epoch_count": 2}, 1000, (7, 14)),
+        ({}, 1000, (62, 62)),
+    ],
+)
+def test_lengths_of_epochs_and_runs(
+    settings: dict[str, Any], num_slots: int, expected: tuple[int, int]
+) -> None:
+    config = TrainConfig.from_flat({"micro_bsz": 16, "ctx_len": 512, **settings})
+    plan = make_plan(config, world_size=1, num_slots=num_slots)
+    assert (plan.epoch_steps, plan.total_steps) == expected

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from rwkvtune.errors import UserError
-from rwkvtune.training.log import RunLog, _duration, _short_number
+from rwkvtune.training.log import RunLog, _duration, _short_number, read_metrics
 
 HEADER = (
     "step,epoch,tokens,loss,val_loss,val_perplexity,val_bits_per_byte,"
@@ -123,6 +123,37 @@ def test_a_validation_without_a_step_gets_a_row_of_its_own(tmp_path: Path) -> No
     log.close()
     found = [(r["step"], r["loss"] != "", r["val_loss"]) for r in metrics(tmp_path)]
     assert found == [("1", True, ""), ("2", True, ""), ("0", False, "5.5"), ("2", False, "4.5")]
+
+
+def test_validation_per_source_has_columns_of_its_own_which_an_older_file_gets(
+    tmp_path: Path,
+) -> None:
+    train(tmp_path, 1, 6, first_epoch=0)
+    before = metrics(tmp_path)
+    names = ("val_loss/plays", "val_loss/old poems")
+    stream = io.StringIO()
+    log = RunLog(tmp_path, total_steps=8, log_every=2, extra_columns=names, stream=stream)
+    log.start({}, "name", step=4)
+    log.validation({"step": 6, "val_loss": 2.5, names[0]: 2.0, names[1]: 3.0})
+    log.step(row(6))
+    log.close()
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    assert header == HEADER.replace("val_loss,", "val_loss,val_loss/plays,val_loss/old poems,")
+    *older, last = metrics(tmp_path)
+    assert older == [{**r, **dict.fromkeys(names, "")} for r in before if int(r["step"]) <= 4]
+    assert [last[name] for name in ("val_loss", *names)] == ["2.5", "2.0", "3.0"]
+    values = [r.values for r in read_metrics(tmp_path / "metrics.csv")]
+    assert values[-1][names[0]] == 2.0 and math.isnan(values[0][names[1]])
+    assert "validation loss 2.5000  plays 2.0000  old poems 3.0000\n" in stream.getvalue()
+
+    train(tmp_path, 7, 8, first_epoch=1)  # a run that knows no sources keeps what is there
+    assert [r[names[1]] for r in metrics(tmp_path)][-2:] == ["3.0", ""]
+
+
+@pytest.mark.parametrize("name", ["plays", "val_loss/a,b", "val_loss/a\u2028b", 'val_loss/"'])
+def test_a_name_that_would_break_the_csv_file_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="cannot be a column of metrics.csv"):
+        RunLog(tmp_path, total_steps=8, extra_columns=[name])
 
 
 @pytest.mark.parametrize("killed_at", [6, 8, 11])

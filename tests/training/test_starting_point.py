@@ -164,3 +164,11 @@ def test_a_missing_or_foreign_file_is_refused_by_its_name(tmp_path: Path) -> Non
     save_weights(tmp_path / "other.pth", {"layer.weight": torch.zeros(2)})
     with pytest.raises(UserError, match="no RWKV that rwkvtune knows"):
         find_start(tmp_path, load_model=str(tmp_path / "other.pth"))
+
+
+def test_a_folder_without_a_run_is_refused_when_one_is_required(tmp_path: Path, file: Path) -> None:
+    with pytest.raises(UserError, match="holds no run to go on with"):
+        find_start(tmp_path / "run", load_model=str(file), resume="required")
+    (tmp_path / "run").mkdir()
+    save_weights(tmp_path / "run" / "rwkv-init.pth", weights_of(CONFIG))
+    assert find_start(tmp_path / "run", resume="required")[0].model_config == CONFIG
