@@ -39,22 +39,13 @@ from rwkvtune.files import (
     name_before_moved_aside,
     remove_directory,
 )
+from rwkvtune.weights_header import WRAPPED_UNDER, weights_format, without_wrappers
 
 _BLOCK_BYTES = 4 << 20
 _TENSORS_FILE = "state.safetensors"
 _JSON_FILE = "state.json"
 _STATE_FORMAT = 1
 _STEP_NAME = re.compile(r"step-(\d{8,})")
-
-# What training wrappers put before or between the names: DeepSpeed, torch.compile, FSDP,
-# checkpointing.
-_WRAPPER_SEGMENTS = {
-    "_forward_module",
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-}
-_WRAPPED_UNDER = ("state_dict", "model", "module")
 
 _SAVE_DTYPES = {
     "fp32": torch.float32,
@@ -91,19 +82,14 @@ def load_weights(path: str | os.PathLike[str], *, verify: bool = True) -> dict[s
     Raises MissingFileError, or UserError for anything that is not a whole file of tensors.
     """
     path = Path(path)
-    head = _first_bytes(path)
-    if head.startswith(b"PK\x03\x04"):
+    kind = weights_format(path)
+    if kind == "zip":
         _check_zip(path, verify=verify)
         content = _torch_load(path, mmap=True)
-    elif head.startswith(b"\x80"):
+    elif kind == "pickle":
         content = _torch_load(path, mmap=False)
-    elif head[8:9] == b"{":
-        content = _load_safetensors(path)
     else:
-        raise UserError(
-            f"{path} is not a weights file: it begins with {head[:16]!r}. Expected a .pth written "
-            "by torch.save, or .safetensors." + _hint_about(head)
-        )
+        content = _load_safetensors(path)
     return _flat_weights(content, path)
 
 
@@ -129,42 +115,6 @@ def save_weights(
         atomic_write(path, lambda file: _write_safetensors(file, tensors))
     else:
         atomic_write(path, lambda file: torch.save(_each_alone(tensors), file))
-
-
-def _first_bytes(path: Path) -> bytes:
-    if not path.exists():
-        raise MissingFileError(f"there is no file {path}. {_weights_nearby(path)}")
-    if path.is_dir():
-        raise UserError(
-            f"{path} is a folder, a weights file is needed. {_weights_nearby(path / '*')}"
-        )
-    try:
-        with open(path, "rb") as file:
-            head = file.read(200)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}.") from error
-    if not head:
-        raise UserError(f"{path} is empty (0 bytes): copy or download it again.")
-    return head
-
-
-def _weights_nearby(path: Path) -> str:
-    folder = path.parent
-    if not folder.is_dir():
-        return f"The folder {folder} does not exist either."
-    names = sorted(p.name for p in folder.iterdir() if p.suffix in (".pth", ".safetensors"))
-    if not names:
-        return f"{folder} has no .pth or .safetensors file."
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"{folder} has {', '.join(names[:10])}{more}."
-
-
-def _hint_about(head: bytes) -> str:
-    if head.startswith(b"version https://git-lfs"):
-        return " This is a git-lfs pointer, not the weights: run `git lfs pull` where it came from."
-    if head.lstrip().startswith(b"<"):
-        return " This is a web page, probably the answer to a failed download: download it again."
-    return ""
 
 
 def _check_zip(path: Path, *, verify: bool) -> None:
@@ -220,7 +170,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
 def _flat_weights(content: object, path: Path) -> dict[str, Tensor]:
     """Check that the content of a file is name -> tensor, and give the names upstream's form."""
     if isinstance(content, Mapping):
-        for key in _WRAPPED_UNDER:
+        for key in WRAPPED_UNDER:
             if isinstance(content.get(key), Mapping):
                 content = content[key]
                 break
@@ -235,7 +185,7 @@ def _flat_weights(content: object, path: Path) -> dict[str, Tensor]:
                 f"{path}: entry {name!r} is {_described(value)}, expected only names with tensors. "
                 "Save the weights alone, as a flat dictionary."
             )
-        plain_name = _without_wrappers(name)
+        plain_name = without_wrappers(name)
         if plain_name in weights:
             raise UserError(f"{path} has {plain_name} twice, with and without a wrapper's prefix.")
         weights[plain_name] = value.detach()
@@ -257,13 +207,6 @@ def _described(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of kind {value.layout} on {value.device}"
     return f"a value of type {type(value).__name__}"
-
-
-def _without_wrappers(name: str) -> str:
-    segments = [s for s in name.split(".") if s not in _WRAPPER_SEGMENTS]
-    while len(segments) > 1 and segments[0] == "module":  # DistributedDataParallel
-        segments = segments[1:]
-    return ".".join(segments)
 
 
 def _save_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -22,7 +22,8 @@ EVERYONE_MAY_USE = {"errors", "files"}
 # Packages that are not listed for a room are refused; None = any package, save those in ONLY_IN.
 TORCH_NUMPY = {"torch", "numpy"}
 DATA_PACKAGES = TORCH_NUMPY | {"PIL", "sympy", "zstandard", "jinja2", "yaml"}
-LIBRARY = {"kernels", "checkpoint", "data/tokenizers", "data", "models", "adapters", "configs"}
+LIBRARY = {"kernels", "weights_header", "checkpoint", "data/tokenizers", "data", "models"}
+LIBRARY |= {"adapters", "configs"}
 ACTIVITIES = {"inference", "training", "evaluation", "export"}
 
 # room -> (rooms it may import, packages it may import)
@@ -30,7 +31,8 @@ ROOMS: dict[str, tuple[set[str], set[str] | None]] = {
     "errors": (set(), set()),
     "files": ({"errors"}, set()),
     "kernels": (set(), {"torch", "triton"}),
-    "checkpoint": (set(), {"torch", "safetensors"}),
+    "weights_header": (set(), set()),
+    "checkpoint": ({"weights_header"}, {"torch", "safetensors"}),
     "data/tokenizers": (set(), {"numpy", "pyrwkv_tokenizer"}),
     "data": ({"data/tokenizers"}, DATA_PACKAGES),
     "models": ({"kernels"}, {"torch", "transformers"}),
@@ -66,7 +68,7 @@ MAY_SPELL_AS_PUBLISHED = ("cli/published_flags.py", "pipeline.py")
 MAY_READ_ENVIRONMENT = r"(kernels/dispatch|cli/.*)\.py"
 
 # `rwkvtune --help` runs these before anything else; torch alone would cost seconds.
-NEEDED_BY_HELP = r"(errors|files|training/config|cli/.*|configs/.*)\.py"
+NEEDED_BY_HELP = r"(errors|files|weights_header|training/config|cli/.*|configs/.*)\.py"
 HEAVY = {"torch", "lightning_fabric", "transformers", "matplotlib", "sympy", "triton"}
 
 DOORS = ("train.py", "world_train.py", "train_alternating.py", "convert_chat_json_to_jsonl.py")

@@ -8,10 +8,11 @@ logits, state = model(input_ids)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 from rwkvtune.errors import UserError
+from rwkvtune.models.rwkv7 import config as rwkv7_config
 from rwkvtune.models.rwkv7.config import RWKV7Config
 
 if TYPE_CHECKING:
@@ -19,7 +20,20 @@ if TYPE_CHECKING:
 
     from rwkvtune.models.rwkv7.model import RWKV7
 
-__all__ = ["RWKV7Config", "build_model", "config_from_state_dict", "detect_version", "fill_model"]
+__all__ = [
+    "CONFIGS",
+    "KnownVersion",
+    "RWKV7Config",
+    "build_model",
+    "config_from_shapes",
+    "config_from_state_dict",
+    "detect_version",
+    "fill_model",
+    "recognise_version",
+]
+
+CONFIGS = {"x070": rwkv7_config}
+"""Version -> the module with its `config_from_shapes`, `tensor_shapes` and TENSORS."""
 
 
 def build_model(
@@ -42,43 +56,72 @@ def build_model(
     return model
 
 
-def detect_version(names: Mapping[str, object]) -> str:
+class KnownVersion(NamedTuple):
+    generation: str
+    """RWKV-4, RWKV-5, ..."""
+    version: str
+    """As upstream's type names: x070, x060, ...; RWKV-4 has none."""
+    evidence: str
+    """The key of the first block that tells it."""
+    nickname: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.generation} {self.version}".rstrip()
+
+
+def recognise_version(names: Collection[str]) -> KnownVersion:
+    """Which RWKV a state dict belongs to, told by its keys, whether rwkvtune trains it or not.
+
+    UserError for what is no RWKV at all.
+    """
+    att = {n.removeprefix("blocks.0.att.") for n in names if n.startswith("blocks.0.att.")}
+    if "blocks.0.ffn.s_emb.weight" in names:
+        return KnownVersion("RWKV-7", "x070a or later", "ffn.s_emb.weight")
+    if {"r_k", "w0", "x_r"} <= att:
+        return KnownVersion("RWKV-7", "x070", "att.r_k", "Goose")
+    if "gate_w1" in att:
+        return KnownVersion("RWKV-6", "x060a", "att.gate_w1")
+    if "time_maa_rkvw_w1" in att:
+        return KnownVersion("RWKV-6", "x060b or x060c", "att.time_maa_rkvw_w1")
+    if "time_maa_x" in att:
+        return KnownVersion("RWKV-6", "x060", "att.time_maa_x", "Finch")
+    if "time_faaaa" in att and "gate.weight" in att:
+        return KnownVersion("RWKV-5", "x052", "att.time_faaaa and att.gate.weight", "Eagle")
+    if "time_first" in att:
+        return KnownVersion("RWKV-4", "", "att.time_first")
+    sample = ", ".join(sorted(names)[:3]) or "no tensors at all"
+    raise UserError(
+        f"these weights are no RWKV that rwkvtune knows: expected keys such as emb.weight and "
+        f"blocks.0.att.r_k, found {sample}"
+    )
+
+
+def detect_version(names: Collection[str]) -> str:
     """Tell which RWKV a state dict belongs to by its keys: "x070".
 
     Raises UserError for versions that rwkvtune knows but does not train, and for what is no RWKV at
     all.
     """
-    att = {n.removeprefix("blocks.0.att.") for n in names if n.startswith("blocks.0.att.")}
-    if "blocks.0.ffn.s_emb.weight" in names:
-        found = "RWKV-7 x070a or later (it has ffn.s_emb.weight)"
-    elif {"r_k", "w0", "x_r"} <= att:
-        return "x070"
-    elif "gate_w1" in att:
-        found = "RWKV-6 x060a (it has att.gate_w1)"
-    elif "time_maa_rkvw_w1" in att:
-        found = "RWKV-6 x060b or x060c (it has att.time_maa_rkvw_w1)"
-    elif "time_maa_x" in att:
-        found = "RWKV-6 x060 (it has att.time_maa_x)"
-    elif "time_faaaa" in att and "gate.weight" in att:
-        found = "RWKV-5 x052 (it has att.time_faaaa and att.gate.weight)"
-    elif "time_first" in att:
-        found = "RWKV-4 (it has att.time_first)"
-    else:
-        sample = ", ".join(sorted(names)[:3]) or "no tensors at all"
+    found = recognise_version(names)
+    if found.version not in CONFIGS:
         raise UserError(
-            f"these weights are no RWKV that rwkvtune knows: expected keys such as emb.weight and "
-            f"blocks.0.att.r_k, found {sample}"
+            f"these weights are {found} (they have {found.evidence}); this version of rwkvtune "
+            "trains x070 (RWKV-7)"
         )
-    raise UserError(f"these weights are {found}; this version of rwkvtune trains x070 (RWKV-7)")
+    return found.version
+
+
+def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> RWKV7Config:
+    """Read version and every dimension from the tensors' names and shapes; needs no torch."""
+    config: RWKV7Config = CONFIGS[detect_version(shapes)].config_from_shapes(shapes)
+    return config
 
 
 def config_from_state_dict(weights: Mapping[str, torch.Tensor]) -> RWKV7Config:
     """Read version and every dimension from the tensors' names and shapes."""
-    from rwkvtune.models.rwkv7.model import x070_config
-
-    names = {name.removeprefix("_forward_module."): w for name, w in weights.items()}
-    detect_version(names)
-    return x070_config({name: tuple(w.shape) for name, w in names.items()})
+    return config_from_shapes(
+        {name.removeprefix("_forward_module."): tuple(w.shape) for name, w in weights.items()}
+    )
 
 
 def fill_model(model: RWKV7, weights: Mapping[str, torch.Tensor], source: str) -> None:

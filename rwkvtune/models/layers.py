@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkvtune.kernels.calls import without_autocast
+
 
 class LayerState(NamedTuple):
     """What one block carries from token to token."""
@@ -45,7 +47,7 @@ class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last axis, eps 1e-5; reads any float type and writes `dtype`."""
 
     def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             z = F.layer_norm(
                 x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
             )

@@ -14,38 +14,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from rwkvtune.errors import UserError
-
-LR_SCALES = {"1x": 1.0, "2x": 2.0, "3x": 3.0, "decay": 1.0}
-STAGE2_LR_SCALES = {"1x": 1.0, "2x": 5.0, "3x": 5.0, "decay": 1.0}
-"""Upstream's stage 2 warms up the small parameters of a model that took over another's matrices."""
+from rwkvtune.training.groups import LR_SCALES, STAGE2_LR_SCALES, group_of
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
-
-
-def group_of(name: str, parameter: Tensor, *, decays: bool, stage2: bool = False) -> str:
-    """Group of one parameter, "1x", "2x", "3x" or "decay"; the first rule that fits wins.
-
-    decays: whether weight decay is on; without it matrices are ordinary parameters.
-    """
-
-    def has(*parts: str) -> bool:
-        return any(part in name for part in parts)
-
-    if has("_w1", "_w2"):
-        return "1x"
-    if has("time_sta") and decays:
-        return "decay"
-    if has("time_mix", "time_maa"):
-        return "2x" if stage2 else "1x"
-    if has("time_decay", "time_daaaa", "att.w0"):
-        return "3x" if stage2 else "2x"
-    if has("time_faaaa"):
-        return "2x" if stage2 else "1x"
-    if has("time_first"):
-        return "3x"
-    if decays and has(".weight") and parameter.squeeze().dim() >= 2:
-        return "decay"
-    return "1x"
 
 
 def param_groups(
@@ -64,7 +35,7 @@ def param_groups(
     members: dict[str, dict[str, nn.Parameter]] = {name: {} for name in LR_SCALES}
     for name, parameter in named_parameters:
         if parameter.requires_grad:
-            group = group_of(name, parameter, decays=weight_decay > 0, stage2=stage2)
+            group = group_of(name, parameter.shape, decays=weight_decay > 0, stage2=stage2)
             members[group if layerwise_lr or group == "decay" else "1x"][name] = parameter
     scales = STAGE2_LR_SCALES if stage2 else LR_SCALES
     return [

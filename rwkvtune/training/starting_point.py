@@ -3,7 +3,6 @@ nothing."""
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from rwkvtune.errors import UserError
 from rwkvtune.models import RWKV7Config, build_model, config_from_state_dict, fill_model
 from rwkvtune.training.config import ModelOptions, TrainConfig
 from rwkvtune.training.run_state import Progress
+from rwkvtune.weights_header import numbered_weights
 
 DIMENSIONS = (
     "n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn",
@@ -71,11 +71,7 @@ def _find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) ->
     folder = Path(config.output.proj_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"proj_dir={folder} is a file; give a folder, existing or new")
-    numbered = sorted(
-        (int(m[1]), path)
-        for path in folder.glob("rwkv-*.pth")
-        if (m := re.fullmatch(r"rwkv-(\d+)\.pth", path.name))
-    )
+    numbered = numbered_weights(folder)
     initial, final = folder / "rwkv-init.pth", folder / "rwkv-final.pth"
     state = newest_resume_state(folder, report=notes.append)
     holds_a_run = state or numbered or initial.exists() or final.exists()

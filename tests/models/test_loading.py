@@ -15,6 +15,7 @@ from torch import Tensor
 import rwkvtune
 from rwkvtune.checkpoint import load_weights, save_weights
 from rwkvtune.errors import UserError
+from rwkvtune.inference.load import load_model
 from rwkvtune.models import build_model, config_from_state_dict, detect_version, fill_model
 
 Weights = dict[str, Tensor]
@@ -99,6 +100,23 @@ def test_files_of_every_precision_load_as_fp32_without_another_rounding(
     for name, parameter in model.state_dict().items():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, weights[name].to(dtype).float()), name
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_model_in_bf16_computes_as_training_in_bf16_does(
+    tmp_path: Path, file: Weights, weights: Weights, suffix: str
+) -> None:
+    path = tmp_path / f"weights{suffix}"
+    save_weights(path, weights)
+    model = load_model(path, dtype=torch.bfloat16)
+    kept = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
+    assert {"emb.weight", "ln_out.weight", "blocks.1.att.r_k", "blocks.1.att.w0"} <= kept
+    assert not kept & {"head.weight", "blocks.0.att.key.weight", "blocks.1.att.g2"}
+    with torch.no_grad():
+        logits, _ = model(file["idx"])
+        with torch.autocast("cpu", torch.bfloat16):
+            trained, _ = rwkvtune.load(path)(file["idx"])
+    assert logits.dtype == torch.bfloat16 and torch.equal(logits, trained)
 
 
 def test_what_a_model_saves_has_the_original_names_order_and_shapes(

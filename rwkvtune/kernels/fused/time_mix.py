@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkvtune.kernels.calls import apply, without_autocast
 from rwkvtune.kernels.fused.token_shift import column_sum
 
 SMALLEST_NORM = 1e-12
@@ -88,8 +89,8 @@ def prepare_keys(
     Returns new_k, -kk and kk * a, each [B, T, C] in k's type: the recurrence's k, a and b.
     Source: RWKV-7 "Goose", arXiv:2503.14456; the norm's smallest divisor is torch's.
     """
-    with torch.autocast(k.device.type, enabled=False):
-        keys = _PrepareKeys.apply(k, a_logit, k_k, k_a, head_size)
+    with without_autocast(k.device.type):
+        keys = apply(_PrepareKeys, k, a_logit, k_k, k_a, head_size)
     return cast("tuple[Tensor, Tensor, Tensor]", keys)
 
 
@@ -178,8 +179,8 @@ def norm_bonus_gate(
     r_k: [H, N]; weight, bias: [H * N], any float type.  Returns [B, T, H * N] in y's type.
     Source: RWKV-7 "Goose", arXiv:2503.14456.
     """
-    with torch.autocast(y.device.type, enabled=False):
-        out = _NormBonusGate.apply(y, r, k, v, g, r_k, weight, bias, eps)
+    with without_autocast(y.device.type):
+        out = apply(_NormBonusGate, y, r, k, v, g, r_k, weight, bias, eps)
     return cast(Tensor, out)
 
 
@@ -200,4 +201,4 @@ class _SquaredRelu(torch.autograd.Function):
 
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)^2, any shape and float type, keeping one tensor for its backward."""
-    return cast(Tensor, _SquaredRelu.apply(x))
+    return cast(Tensor, apply(_SquaredRelu, x))

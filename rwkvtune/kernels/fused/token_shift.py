@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkvtune.kernels.calls import apply
+
 
 def previous_token(z: Tensor, before: Tensor | None, reset: Tensor | None = None) -> Tensor:
     """Shift z by one token: P(z)_t = z_{t-1}, P(z)_0 = `before`; zero where a document starts.
@@ -84,4 +86,4 @@ def token_shift_mix(
     sees zeros. Returns S tensors [B, T, C] of z's dtype.  Source: RWKV-7 "Goose", arXiv:2503.14456,
     token shift.
     """
-    return cast("tuple[Tensor, ...]", _TokenShiftMix.apply(z, mix, before, reset))
+    return cast("tuple[Tensor, ...]", apply(_TokenShiftMix, z, mix, before, reset))

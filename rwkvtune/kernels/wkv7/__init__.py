@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 __all__ = ["wkv7"]
 
 SHORT_LEN = 2
-"""Up to this many tokens without gradients (generation) the plain recurrence is the fastest."""
+"""Up to this many tokens without gradients (generation) a step per token is the fastest."""
 
 
 def wkv7(
@@ -48,6 +48,7 @@ def wkv7(
     from ..dispatch import announce, resolve
     from .chunked import wkv7_chunked
     from .reference import wkv7_reference
+    from .stepwise import wkv7_stepwise
 
     check_arguments("wkv7", {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, state, reset)
     choice = resolve("wkv7", r.device.type, r.dtype, r.shape[3], backend)
@@ -59,5 +60,5 @@ def wkv7(
         x is not None and x.requires_grad for x in (r, w, k, v, a, b, state)
     )
     if r.shape[1] <= SHORT_LEN and not needs_grad:
-        return wkv7_reference(r, w, k, v, a, b, state, reset=reset)
+        return wkv7_stepwise(r, w, k, v, a, b, state, reset=reset)
     return wkv7_chunked(r, w, k, v, a, b, state, reset=reset)

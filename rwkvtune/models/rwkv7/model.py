@@ -20,7 +20,7 @@ from rwkvtune.kernels.fused.time_mix import norm_bonus_gate, prepare_keys, squar
 from rwkvtune.kernels.fused.token_shift import token_shift_mix
 from rwkvtune.kernels.wkv7 import wkv7
 from rwkvtune.models.layers import Head, LayerNorm, LayerState, Linear, State, compute_dtype
-from rwkvtune.models.rwkv7.config import RWKV7Config
+from rwkvtune.models.rwkv7.config import UNUSED, RWKV7Config
 
 GROUP_NORM_EPS = 64e-5
 """Upstream divides by 8 before an eps of 1e-5, which is this eps; it does not depend on the head
@@ -320,36 +320,3 @@ def _accept_upstream_spellings(
             continue
         if [n for n in given.shape if n > 1] == [n for n in parameter.shape if n > 1]:
             weights[key] = given.reshape(parameter.shape)
-
-
-UNUSED = frozenset(f"blocks.0.att.v{i}" for i in range(3))
-"""Stored for upstream's sake, read by nothing: the first block makes the value that the others mix
-in."""
-
-
-def x070_config(shapes: dict[str, tuple[int, ...]]) -> RWKV7Config:
-    """Read every dimension from a checkpoint's tensor shapes; UserError names the tensor that is
-    missing."""
-    numbers = (k.split(".")[1] for k in shapes if k.startswith("blocks."))
-    layers = 1 + max(int(n) for n in numbers if n.isdecimal())
-    last = f"blocks.{layers - 1}.att."  # the first block may lack v1
-
-    def size(name: str, axis: int) -> int:
-        if name not in shapes or len(shapes[name]) <= axis:
-            raise UserError(
-                f"these x070 weights lack {name} as a matrix (found {shapes.get(name)}): "
-                "is the file complete?"
-            )
-        return shapes[name][axis]
-
-    return RWKV7Config(
-        vocab_size=size("emb.weight", 0),
-        n_layer=layers,
-        n_embd=size("emb.weight", 1),
-        head_size=size("blocks.0.att.r_k", 1),
-        dim_ffn=size("blocks.0.ffn.key.weight", 0),
-        decay_rank=size(last + "w1", 1),
-        a_rank=size(last + "a1", 1),
-        v_rank=size(last + "v1", 1) if layers > 1 or last + "v1" in shapes else 0,
-        g_rank=size(last + "g1", 1),
-    )

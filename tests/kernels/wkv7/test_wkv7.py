@@ -224,14 +224,33 @@ def test_inputs_that_need_no_gradient_get_none_and_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 40])
-def test_generation_without_gradients_equals_training(T: int) -> None:
+@pytest.mark.parametrize("start", [None, 0, 1])
+def test_generation_without_gradients_equals_training(T: int, start: int | None) -> None:
     inputs, state = make_inputs(2, T, 2, 32)
-    truth = run("chunked", inputs, state, dtype=torch.float64)
+    reset = None
+    if start is not None:
+        reset = torch.zeros(2, T, dtype=torch.bool)
+        reset[1, start:] = True
+    truth = run("chunked", inputs, state, dtype=torch.float64, reset=reset)
+    before = state.clone()
     with torch.no_grad():
         r, w, k, v, a, b = inputs
-        y, final = wkv7(r, w, k, v, a, b, state)
+        y, final = wkv7(r, w, k, v, a, b, state, reset=reset)
     torch.testing.assert_close(y, truth["y"], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(final, truth["state"], rtol=1e-12, atol=1e-12)
+    assert torch.equal(state, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_token_without_gradients_from_no_state_is_the_reference(dtype: torch.dtype) -> None:
+    r, w, k, v, a, b = (x.to(dtype) for x in make_inputs(2, 1, 2, 32)[0])
+    truth, truth_state = wkv7(r, w, k, v, a, b, backend="reference")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y, final = wkv7(r, w, k, v, a, b)
+    assert y.dtype == dtype and final.dtype == torch.float32
+    # Sums in another order: fp32's last digits, and one rounding of the output in bf16.
+    torch.testing.assert_close(final, truth_state, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(y, truth, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-6)
 
 
 def test_the_size_of_slabs_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
