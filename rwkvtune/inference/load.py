@@ -12,18 +12,21 @@ from rwkvtune.checkpoint import load_weights
 from rwkvtune.models import build_model, config_from_state_dict, fill_model
 
 if TYPE_CHECKING:
-    from rwkvtune.models.rwkv7.model import RWKV7
+    from rwkvtune.models.frame import LanguageModel
+
+IN_NO_PRODUCT = ("emb.weight", ".r_k", ".time_faaaa", ".time_decay")
+"""How the names of parameters end that are matrices by their shape only."""
 
 
 def load_model(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> RWKV7:
+) -> LanguageModel:
     """The model of a weights file, in eval mode: dimensions from the tensors, values in fp32.
 
     path: a .pth or .safetensors file.
     dtype: torch.bfloat16 keeps the matrices of the products, nearly all of the model, in that type
     and computes as training with bf16 does.
-    UserError when the file is no x070 model or lacks a tensor.
+    UserError when the file is no model that rwkvtune trains or lacks a tensor.
     """
     weights = load_weights(path)
     model = build_model(config_from_state_dict(weights), initial_values=False)
@@ -41,9 +44,9 @@ def _prepare_matrices(model: nn.Module, dtype: torch.dtype) -> None:
     [768, 768], but slower at [768, 3072]; in bf16 slower everywhere. Many tokens: no difference.
     """
     for name, parameter in model.named_parameters():
-        if parameter.squeeze().dim() < 2 or name == "emb.weight" or name.endswith(".r_k"):
+        if parameter.squeeze().dim() < 2 or name.endswith(IN_NO_PRODUCT):
             continue
-        rows, columns = parameter.shape
+        rows, columns = parameter.shape[-2:]
         if dtype == torch.float32 and rows >= columns and name.endswith(".weight"):
             parameter.data = torch.empty(columns, rows).t()
         else:
