@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rwkvtune.errors import UserError
 from rwkvtune.kernels.fused.cross_entropy import LOGITS_IN_MEMORY
-from rwkvtune.models.rwkv7.config import RWKV7Config
+from rwkvtune.models import ModelConfig
 from rwkvtune.training.config import TrainConfig
 
 
@@ -73,7 +73,11 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int) -> Plan:
     )
 
 
-def memory_estimate(model: RWKV7Config, config: TrainConfig) -> int:
+KEPT_PER_BLOCK = {"x052": 17, "x060": 26, "x070": 28}
+"""Tensors of the width of the model that a block keeps for its backward pass, per token."""
+
+
+def memory_estimate(model: ModelConfig, config: TrainConfig) -> int:
     """Bytes of one device while it trains, roughly: weights, gradients, Adam's moments and
     activations, nothing sharded.
 
@@ -85,7 +89,8 @@ def memory_estimate(model: RWKV7Config, config: TrainConfig) -> int:
     parameters = model.num_parameters
     fixed = parameters * 16 + (parameters * size if size == 2 else 0)
     C, tokens = model.n_embd, config.schedule.micro_bsz * config.data.ctx_len
-    block = tokens * (28 * C * size + 2 * model.dim_ffn * size + 2 * C * 4)
+    widths = KEPT_PER_BLOCK[model.version] * C + 2 * model.dim_ffn
+    block = tokens * (widths * size + 2 * C * 4)
     residual = tokens * C * 4 * 2
     kept = residual if config.device.grad_cp else block
     blocks = kept * model.n_layer + block  # one more for what a block's backward makes
