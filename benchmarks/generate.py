@@ -25,7 +25,7 @@ from rwkvtune.checkpoint import save_weights
 from rwkvtune.inference.generate import generate
 from rwkvtune.inference.load import load_model
 from rwkvtune.models import RWKV7Config, build_model
-from rwkvtune.models.rwkv7.model import RWKV7
+from rwkvtune.models.frame import LanguageModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODELS = [RWKV7Config(66, 2, 192), RWKV7Config(65536, 12, 768)]
@@ -79,7 +79,7 @@ def measure(path: Path, precision: str, repeats: int) -> dict[str, Any]:
     return row
 
 
-def our_token(model: RWKV7) -> Callable[[], None]:
+def our_token(model: LanguageModel) -> Callable[[], None]:
     """One token after the one before, with its state."""
     state = None
     ids = torch.tensor([[1]])
@@ -92,7 +92,7 @@ def our_token(model: RWKV7) -> Callable[[], None]:
     return token
 
 
-def bare_products(model: RWKV7) -> Callable[[], None]:
+def bare_products(model: LanguageModel) -> Callable[[], None]:
     """The matrices that a token is multiplied with, laid out as the model has them."""
     pairs = []
     for name, p in model.named_parameters():

@@ -56,8 +56,8 @@ def benchmarks() -> dict[str, Any]:
 
     begin = time.monotonic()
     found: dict[str, Any] = {"step": []}
-    inputs = wkv.make_inputs((8, 4096, 64, 64), torch.bfloat16, "cuda")
-    times = [wkv.time_once(inputs, "auto", "cuda")[1] for _ in range(7)]
+    inputs = wkv.make_inputs("wkv7", (8, 4096, 64, 64), torch.bfloat16, "cuda")
+    times = [wkv.time_once("wkv7", inputs, "auto", "cuda")[1] for _ in range(7)]
     found["wkv7_fwd_bwd_ms"] = round(statistics.median(times[2:]), 2)
     del inputs
     sizes = [(12, 768, 512, 16), (12, 768, 4096, 4), (24, 2048, 512, 8), (24, 2048, 4096, 2)]

@@ -1,9 +1,10 @@
-"""Speed and memory of the wkv7 kernel: ratios within one run, since machines differ.
+"""Speed and memory of the wkv kernels: ratios within one run, since machines differ.
 
-    python -m benchmarks.wkv [--out benchmarks/results] [--device cpu|cuda] [--repeats 5]
+    python -m benchmarks.wkv [--kernel wkv7] [--out benchmarks/results] [--device cpu|cuda]
 
-Measures the matrix form against the per-token loop (in turns, medians), its cost per token and its
-peak memory over sequence lengths from 512 to 32768, and one decoding step. Writes one JSON file.
+For each kernel it measures the matrix form against the per-token loop (in turns, medians), cost per
+token and peak memory over sequence lengths from 512 to 32768, and one decoding step. Writes one
+JSON file.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import multiprocessing
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
+from rwkvtune.kernels.wkv5 import wkv5
+from rwkvtune.kernels.wkv6 import wkv6
 from rwkvtune.kernels.wkv7 import wkv7
+
+KERNELS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "wkv7": wkv7,
+    "wkv6": wkv6,
+    "wkv5": wkv5,
+}
 
 Shape = tuple[int, int, int, int]
 """B, T, H, N"""
@@ -29,38 +39,42 @@ RATIO_SHAPE: Shape = (4, 512, 12, 64)
 LENGTHS = [512, 1024, 2048, 4096, 8192, 16384, 32768]
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """r, w, k, v, a, b of the sizes that a model produces, wanting gradients."""
+def make_inputs(kernel: str, shape: Shape, dtype: torch.dtype, device: str) -> list[Tensor]:
+    """What a kernel takes before its state, of the sizes that a model produces, wanting
+    gradients."""
     torch.manual_seed(0)
     r, w, k, v, kk, gate = (torch.randn(*shape) for _ in range(6))
-    kk = torch.nn.functional.normalize(kk, dim=-1)
-    tensors = [r, 2 * w - 1, 0.3 * k, v, -kk, kk * torch.sigmoid(gate)]
+    if kernel == "wkv7":
+        kk = torch.nn.functional.normalize(kk, dim=-1)
+        tensors = [r, 2 * w - 1, 0.3 * k, v, -kk, kk * torch.sigmoid(gate)]
+    else:
+        w = 2 * w - 3
+        tensors = [r, 0.3 * k, v, w[0, 0] if kernel == "wkv5" else w, gate[0, 0]]
     return [x.to(device, dtype).requires_grad_() for x in tensors]
 
 
-def time_once(inputs: list[Tensor], backend: str, device: str) -> tuple[float, float]:
+def time_once(kernel: str, inputs: list[Tensor], backend: str, device: str) -> tuple[float, float]:
     """Milliseconds of one forward, and of one forward with its backward."""
-    r, w, k, v, a, b = inputs
-    dy = torch.ones_like(r)
+    dy = torch.ones_like(inputs[0])
     outputs: list[Tensor] = []
     forward = machine.milliseconds(
-        lambda: outputs.append(wkv7(r, w, k, v, a, b, backend=backend)[0]), device
+        lambda: outputs.append(KERNELS[kernel](*inputs, backend=backend)[0]), device
     )
     backward = machine.milliseconds(lambda: torch.autograd.grad(outputs, inputs, [dy]), device)
     return forward, forward + backward
 
 
 def compare_with_loop(
-    shape: Shape, dtype: torch.dtype, device: str, repeats: int
+    kernel: str, shape: Shape, dtype: torch.dtype, device: str, repeats: int
 ) -> dict[str, Any]:
     """Matrix form and loop in turns; the matrix form five times for each loop."""
-    inputs = make_inputs(shape, dtype, device)
+    inputs = make_inputs(kernel, shape, dtype, device)
     times: dict[str, list[tuple[float, float]]] = {"reference": [], "chunked": []}
     for backend in times:
-        time_once(inputs, backend, device)
+        time_once(kernel, inputs, backend, device)
     for _ in range(repeats):
-        times["reference"].append(time_once(inputs, "reference", device))
-        times["chunked"] += (time_once(inputs, "chunked", device) for _ in range(5))
+        times["reference"].append(time_once(kernel, inputs, "reference", device))
+        times["chunked"] += (time_once(kernel, inputs, "chunked", device) for _ in range(5))
     result: dict[str, Any] = {"shape_BTHN": shape, "dtype": str(dtype).removeprefix("torch.")}
     for index, name in enumerate(["forward", "forward_backward"]):
         medians = {
@@ -83,36 +97,38 @@ def resident_bytes(field: str) -> int:
     return int(kilobytes) * 1024
 
 
-def peak_bytes(shape: Shape, dtype: torch.dtype, device: str) -> int:
+def peak_bytes(kernel: str, shape: Shape, dtype: torch.dtype, device: str) -> int:
     """Peak memory that one forward and backward add to their inputs."""
-    inputs = make_inputs(shape, dtype, device)
+    inputs = make_inputs(kernel, shape, dtype, device)
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here (Linux)
         before = resident_bytes("VmRSS")
-        time_once(inputs, "chunked", device)
+        time_once(kernel, inputs, "chunked", device)
         return resident_bytes("VmHWM") - before
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    time_once(inputs, "chunked", device)
+    time_once(kernel, inputs, "chunked", device)
     return torch.cuda.max_memory_allocated() - before
 
 
-def sweep_lengths(dtype: torch.dtype, device: str, repeats: int) -> list[dict[str, Any]]:
+def sweep_lengths(
+    kernel: str, dtype: torch.dtype, device: str, repeats: int
+) -> list[dict[str, Any]]:
     """Cost per token and peak memory of forward and backward at B1 H12 N64, lengths in turns."""
     times: dict[int, list[float]] = {T: [] for T in LENGTHS}
     for repeat in range(repeats + 1):
         for T in LENGTHS:
-            inputs = make_inputs((1, T, 12, 64), dtype, device)
+            inputs = make_inputs(kernel, (1, T, 12, 64), dtype, device)
             # Short lengths as often as the longest: the same number of tokens, warm-up apart.
             for _ in range(max(1, min(8, LENGTHS[-1] // T // 4))):
-                elapsed = time_once(inputs, "chunked", device)[1]
+                elapsed = time_once(kernel, inputs, "chunked", device)[1]
                 if repeat:
                     times[T].append(elapsed)
     rows = []
     for T in LENGTHS:
         # A fresh process, because the peak of a process never falls.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peak = pool.apply(peak_bytes, ((1, T, 12, 64), dtype, device))
+            peak = pool.apply(peak_bytes, (kernel, (1, T, 12, 64), dtype, device))
         milliseconds = statistics.median(times[T])
         rows.append(
             {
@@ -125,36 +141,47 @@ def sweep_lengths(dtype: torch.dtype, device: str, repeats: int) -> list[dict[st
     return rows
 
 
-def time_decoding_step(device: str) -> float:
+def time_decoding_step(kernel: str, device: str) -> float:
     """Microseconds of one token without gradients at B1 H12 N64, fp32: median of 200."""
-    r, w, k, v, a, b = (x.detach() for x in make_inputs((1, 1, 12, 64), torch.float32, device))
+    inputs = [x.detach() for x in make_inputs(kernel, (1, 1, 12, 64), torch.float32, device)]
     state = torch.zeros(1, 12, 64, 64, device=device)
     times = [
-        machine.milliseconds(lambda: wkv7(r, w, k, v, a, b, state), device) for _ in range(220)
+        machine.milliseconds(lambda: KERNELS[kernel](*inputs, state), device) for _ in range(220)
     ]
     return round(1e3 * statistics.median(times[20:]), 1)
 
 
+def measure(kernel: str, device: str, repeats: int) -> dict[str, Any]:
+    """All numbers of one kernel."""
+    found: dict[str, Any] = {"against_loop": []}
+    for dtype in (torch.float32, torch.bfloat16):
+        comparison = compare_with_loop(kernel, RATIO_SHAPE, dtype, device, repeats)
+        print(kernel, json.dumps(comparison), flush=True)
+        found["against_loop"].append(comparison)
+    found["lengths_B1_H12_N64_float32"] = sweep_lengths(
+        kernel, torch.float32, device, min(3, repeats)
+    )
+    for row in found["lengths_B1_H12_N64_float32"]:
+        print(kernel, json.dumps(row), flush=True)
+    found["decoding_step_us"] = time_decoding_step(kernel, device)
+    print(f"{kernel} decoding step: {found['decoding_step_us']} us", flush=True)
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--kernel", nargs="+", choices=list(KERNELS), default=list(KERNELS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
-    result = machine.describe(options.device) | {"against_loop": []}
-    for dtype in (torch.float32, torch.bfloat16):
-        comparison = compare_with_loop(RATIO_SHAPE, dtype, options.device, options.repeats)
-        print(json.dumps(comparison), flush=True)
-        result["against_loop"].append(comparison)
-    lengths = sweep_lengths(torch.float32, options.device, min(3, options.repeats))
-    for row in lengths:
-        print(json.dumps(row), flush=True)
-    result["lengths_B1_H12_N64_float32"] = lengths
-    result["decoding_step_us"] = time_decoding_step(options.device)
-    print(f"decoding step: {result['decoding_step_us']} us")
-    machine.write(options.out, f"wkv-{options.device}", result)
+    result = machine.describe(options.device)
+    for kernel in options.kernel:
+        result[kernel] = measure(kernel, options.device, options.repeats)
+    name = "wkv" + "".join(sorted(kernel[-1] for kernel in options.kernel))
+    machine.write(options.out, f"{name}-{options.device}", result)
     return 0
 
 

@@ -18,7 +18,7 @@ from rwkvtune.weights_header import newest_weights, numbered_weights
 
 if TYPE_CHECKING:
     from rwkvtune.data.tokenizers import Tokenizer
-    from rwkvtune.models.rwkv7.model import RWKV7
+    from rwkvtune.models.frame import LanguageModel
 
 ABOUT = """Let a model write, from a prompt or from nothing.
 
@@ -190,7 +190,7 @@ def prompt_text(given: str | None) -> str:
         ) from None
 
 
-def load(path: Path, device: str, dtype: str, threads: int) -> RWKV7:
+def load(path: Path, device: str, dtype: str, threads: int) -> LanguageModel:
     import torch
 
     from rwkvtune.inference.load import load_model

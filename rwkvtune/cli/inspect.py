@@ -15,7 +15,7 @@ from rwkvtune.cli.arguments import OneLineParser
 from rwkvtune.cli.tensor_table import markdown, tensor_rows
 from rwkvtune.cli.weights import header_of, version_of
 from rwkvtune.errors import UserError
-from rwkvtune.models import CONFIGS, RWKV7Config, config_from_shapes
+from rwkvtune.models import CONFIGS, ModelConfig, config_from_shapes
 from rwkvtune.models.rwkv7.config import UNUSED
 from rwkvtune.training.config import ModelOptions, TrainConfig
 from rwkvtune.weights_header import TensorInfo, WeightsHeader, newest_weights
@@ -174,12 +174,12 @@ def settings_to_train_further(path: Path, parameters: int, ctx_len: int | None) 
     return settings | ({"grad_cp": True} if billions >= 1 else {})
 
 
-def flags_of_a_fresh_model(config: RWKV7Config) -> dict[str, int | str]:
+def flags_of_a_fresh_model(config: ModelConfig) -> dict[str, int | str]:
     """What `rwkvtune train` has to be told for another model of this shape."""
     sizes = dataclasses.asdict(config)
     told = ("n_layer", "n_embd", "vocab_size", "head_size")
     defaults = dataclasses.asdict(type(config)(**{name: sizes[name] for name in told}))
-    defaults["head_size"] = RWKV7Config.head_size
+    defaults["head_size"] = type(config).head_size
     version = {} if config.version == ModelOptions.version else {"version": config.version}
     shape = {name: sizes[name] for name in told[:3]}
     rest = {n: size for n, size in sizes.items() if n not in shape and size != defaults[n]}

@@ -24,7 +24,7 @@ from rwkvtune.training.config import (
     unknown_settings,
 )
 
-DESCRIPTION = """Pretrain an RWKV-7 language model, or go on with the run in --proj_dir.
+DESCRIPTION = """Pretrain an RWKV language model, or go on with the run in --proj_dir.
 
   rwkvtune train --data_file data/text --n_layer 6 --n_embd 512 --proj_dir out/first
   rwkvtune train --config out/first/config.yaml

@@ -12,22 +12,21 @@ from rwkvtune.checkpoint import load_weights
 from rwkvtune.models import build_model, config_from_state_dict, fill_model
 
 if TYPE_CHECKING:
-    from rwkvtune.models.rwkv7.model import RWKV7
+    from rwkvtune.models.frame import LanguageModel
 
-
-_PER_CHANNEL = (".r_k", ".time_decay", ".time_faaaa")
-"""Vectors that are stored with a row for each head: no matrices."""
+IN_NO_PRODUCT = ("emb.weight", ".r_k", ".time_faaaa", ".time_decay")
+"""How the names of parameters end that are matrices by their shape only."""
 
 
 def load_model(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> RWKV7:
+) -> LanguageModel:
     """The model of a weights file, in eval mode: dimensions from the tensors, values in fp32.
 
     path: a .pth or .safetensors file.
     dtype: torch.bfloat16 keeps the matrices of the products, nearly all of the model, in that type
     and computes as training with bf16 does.
-    UserError when the file is no x070 model or lacks a tensor.
+    UserError when the file is no model that rwkvtune trains or lacks a tensor.
     """
     weights = load_weights(path)
     model = build_model(config_from_state_dict(weights), initial_values=False)
@@ -45,9 +44,10 @@ def _prepare_matrices(model: nn.Module, dtype: torch.dtype) -> None:
     [768, 768], but slower at [768, 3072]; in bf16 slower everywhere. Many tokens: no difference.
     """
     for name, parameter in model.named_parameters():
-        if parameter.squeeze().dim() < 2 or name == "emb.weight" or name.endswith(_PER_CHANNEL):
+        if parameter.squeeze().dim() < 2 or name.endswith(IN_NO_PRODUCT):
             continue
-        if dtype != torch.float32:
+        rows, columns = parameter.shape[-2:]
+        if dtype == torch.float32 and rows >= columns and name.endswith(".weight"):
+            parameter.data = torch.empty(columns, rows).t()
+        else:
             parameter.data = parameter.data.to(dtype)
-        elif name.endswith(".weight") and parameter.shape[0] >= parameter.shape[1]:
-            parameter.data = torch.empty(parameter.shape[::-1]).T

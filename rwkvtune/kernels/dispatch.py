@@ -18,11 +18,12 @@ from ..errors import UserError
 KERNEL_VARIABLE = "RWKVTUNE_KERNEL"
 """Environment variable that names the backend wherever the caller leaves it at "auto"."""
 
-WKV7_BACKENDS = {
+BACKENDS = {
     "chunked": "matrix form in plain PyTorch, any device, hand-written backward",
     "reference": "one token at a time, any device, for checking",
 }
-"""The backends of wkv7 and what each is. `triton_gpu` has its place here and does not exist yet."""
+"""The backends of wkv5, wkv6 and wkv7 and what each is. `triton_gpu` has its place here and does
+not exist yet."""
 
 _announced: set[str] = set()
 
@@ -34,46 +35,48 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_wkv7(
+def choose(
+    kernel: str,
     device_type: str,
     dtype: torch.dtype,
     head_size: int,
     requested: str = "auto",
     triton_available: bool = False,
 ) -> Choice:
-    """The backend that runs wkv7 for this kind of input.
+    """The backend that runs a kernel for this kind of input.
 
-    device_type: "cpu", "cuda", ...; requested: a name from WKV7_BACKENDS or "auto".
+    kernel: "wkv5", "wkv6" or "wkv7".  device_type: "cpu", "cuda", ...
+    requested: a name from BACKENDS or "auto".
     Raises UserError for a backend that this version does not have.
     """
-    if requested in WKV7_BACKENDS:
+    if requested in BACKENDS:
         return Choice(requested, "asked for by name")
     if requested == "triton_gpu":
         raise UserError(
-            "wkv7 backend 'triton_gpu' does not exist in this version of rwkvtune; "
-            f"use one of {', '.join(WKV7_BACKENDS)} or 'auto'."
+            f"{kernel} backend 'triton_gpu' does not exist in this version of rwkvtune; "
+            f"use one of {', '.join(BACKENDS)} or 'auto'."
         )
     if requested != "auto":
         raise UserError(
-            f"wkv7 backend {requested!r} is unknown; use one of "
-            f"{', '.join(WKV7_BACKENDS)} or 'auto' "
+            f"{kernel} backend {requested!r} is unknown; use one of "
+            f"{', '.join(BACKENDS)} or 'auto' "
             f"(argument backend= or environment variable {KERNEL_VARIABLE})."
         )
     if device_type == "cpu":
         return Choice("chunked", "no GPU in use")
     triton = "triton is installed, but " if triton_available else ""
     return Choice(
-        "chunked", f"{triton}this version has no {device_type} kernel of its own for wkv7"
+        "chunked", f"{triton}this version has no {device_type} kernel of its own for {kernel}"
     )
 
 
-def resolve_wkv7(
-    device_type: str, dtype: torch.dtype, head_size: int, requested: str = "auto"
+def resolve(
+    kernel: str, device_type: str, dtype: torch.dtype, head_size: int, requested: str = "auto"
 ) -> Choice:
-    """`choose_wkv7` with what this process has: the environment variable and the triton package."""
+    """`choose` with what this process has: the environment variable and the triton package."""
     if requested == "auto":
         requested = os.environ.get(KERNEL_VARIABLE, "auto")
-    return choose_wkv7(device_type, dtype, head_size, requested, _triton_available())
+    return choose(kernel, device_type, dtype, head_size, requested, _triton_available())
 
 
 @functools.cache

@@ -30,6 +30,11 @@ Head = Callable[[Tensor, Tensor], Tensor]
 """(hidden [B, T, C], head weight [V, C]) -> what takes the place of the logits, such as a loss."""
 
 
+def empty(*shape: int) -> nn.Parameter:
+    """A parameter without values: a model sets all its values itself, or loads them."""
+    return nn.Parameter(torch.empty(shape))
+
+
 class Linear(nn.Linear):
     """A projection without bias whose fp32 master weight is used in the type of its input."""
 

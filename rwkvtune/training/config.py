@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rwkvtune.errors import UserError
 
+Version = Literal["x052", "x060", "x070"]
 Order = Literal["published", "shuffled", "random"]
 LrSchedule = Literal[
     "cosine", "linear", "exponential", "constant", "wsd", "wsd_cosine", "cosine_exponential_mean"
@@ -30,8 +31,8 @@ Strategy = Literal[
 class ModelOptions:
     """Model. With --load_model the file decides every dimension and a flag only confirms it."""
 
-    version: Literal["x070"] = "x070"
-    """RWKV version; x070 is RWKV-7."""
+    version: Version | None = None
+    """RWKV version: x052 is RWKV-5.2, x060 RWKV-6, x070 RWKV-7 (x070 for a fresh model)."""
     load_model: str = ""
     """Weights to start from: an upstream .pth or a .safetensors file; empty = initial values."""
     n_layer: int | None = None
@@ -43,15 +44,19 @@ class ModelOptions:
     head_size: int | None = None
     """Channels per head (64 for a fresh model)."""
     dim_ffn: int | None = None
-    """Width of the channel mix (4 * n_embd for a fresh model)."""
+    """Width of the channel mix (4 * n_embd for a fresh model; x052, x060: 3.5 * n_embd)."""
+    mix_rank: int | None = None
+    """x060: low-rank width of each mix with the previous token (32 for a fresh model)."""
     decay_rank: int | None = None
-    """Low-rank width of the decay (train_temp's formula for a fresh model)."""
+    """x060, x070: low-rank width of the decay (x060: 64, x070: train_temp's formula for a fresh
+    model)."""
     a_rank: int | None = None
-    """Low-rank width of the in-context learning rate (train_temp's formula for a fresh model)."""
+    """x070: low-rank width of the in-context learning rate (train_temp's formula for a fresh
+    model)."""
     v_rank: int | None = None
-    """Low-rank width of the value residual (train_temp's formula for a fresh model)."""
+    """x070: low-rank width of the value residual (train_temp's formula for a fresh model)."""
     g_rank: int | None = None
-    """Low-rank width of the gate (train_temp's formula for a fresh model)."""
+    """x070: low-rank width of the gate (train_temp's formula for a fresh model)."""
     interpolate: bool = False
     """Resize loaded tensors that do not fit the dimensions in the flags, as upstream's stage 1."""
     load_partial: bool = False
@@ -133,7 +138,8 @@ class OptimizerOptions:
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 = no clipping."""
     layerwise_lr: bool = True
-    """Twice the learning rate for att.w0, as published."""
+    """Twice the learning rate for the decays (x070: att.w0, others: att.time_decay), as
+    published."""
     stage2_lr: bool = False
     """Five times the learning rate for decays and mixes instead, as RWKV-LM's stage 2."""
     l2wrap: float = 1e-4
@@ -160,7 +166,7 @@ class DeviceOptions:
     grad_cp: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     kernel: str = "auto"
-    """wkv7 backend: auto, chunked or reference."""
+    """Backend of the recurrence: auto, chunked or reference."""
     threads: int = 0
     """CPU threads; 0 = torch's choice. Bits of a CPU run repeat at one thread count."""
 
@@ -308,7 +314,7 @@ _AT_LEAST = {
     **dict.fromkeys(("ctx_len", "micro_bsz", "accumulate_grad_batches"), 1),
     **dict.fromkeys(("devices", "num_nodes", "keep_last", "log_every"), 1),
     **dict.fromkeys(("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn"), 1),
-    **dict.fromkeys(("decay_rank", "a_rank", "v_rank", "g_rank"), 1),
+    **dict.fromkeys(("mix_rank", "decay_rank", "a_rank", "v_rank", "g_rank"), 1),
     **dict.fromkeys(("epoch_steps", "epoch_count", "exit_tokens", "magic_prime"), 0),
     **dict.fromkeys(("epoch_samples", "hold_epochs", "restart_warmup_steps"), 0),
     **dict.fromkeys(("epoch_save", "save_every", "val_every", "val_windows"), 0),

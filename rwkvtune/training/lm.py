@@ -23,10 +23,10 @@ from rwkvtune.errors import UserError
 from rwkvtune.evaluation.perplexity import evaluate, together
 from rwkvtune.files import RunFolderLock, atomic_write, remove_leftovers
 from rwkvtune.inference.generate import generate
-from rwkvtune.kernels.dispatch import Choice, announce, resolve_wkv7
+from rwkvtune.kernels.dispatch import Choice, announce, resolve
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
-from rwkvtune.models import RWKV7Config, build_model, fill_model
-from rwkvtune.models.rwkv7.model import RWKV7
+from rwkvtune.models import ModelConfig, build_model, fill_model
+from rwkvtune.models.frame import LanguageModel
 from rwkvtune.training import starting_point
 from rwkvtune.training.config import TrainConfig, changes_refused
 from rwkvtune.training.fabric import (
@@ -238,8 +238,9 @@ def _prepare(config: TrainConfig, world_size: int, device: torch.device, notes: 
         progress.tokens = progress.step * plan.tokens_per_step
     schedule = make_schedule(config, plan, restart_step=start.progress.restart_step)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.device.precision)
-    kernel = resolve_wkv7(
-        device.type, dtype or torch.float32, start.model_config.head_size, config.device.kernel
+    m = start.model_config
+    kernel = resolve(
+        m.kernel, device.type, dtype or torch.float32, m.head_size, config.device.kernel
     )
     return _Job(data, start, plan, settings, schedule, kernel, notes)
 
@@ -277,7 +278,7 @@ def _run(
         tensorboard=config.output.tensorboard,
         wandb_project=config.output.wandb,
     )
-    announce("wkv7", job.kernel, is_known=True)  # the table shows it
+    announce(start.model_config.kernel, job.kernel, is_known=True)  # the table shows it
     with RunFolderLock(folder) if is_zero else nullcontext():
         if is_zero and starting_point.contents(folder) != start.seen:
             raise UserError(
@@ -294,7 +295,7 @@ def _run(
                 save_tokenizer(job.data.tokenizer, folder)
         m = start.model_config
         log.start(
-            config.to_flat() | dataclasses.asdict(m),
+            config.to_flat() | _model_settings(m),
             f"{m.vocab_size} ctx{plan.ctx_len} L{m.n_layer} D{m.n_embd}",
             step=start.progress.step,
             epoch=start.progress.epoch,
@@ -368,7 +369,7 @@ def _build_state(
 
 def _build_model(
     config: TrainConfig, start: StartingPoint, saved: SavedState | None = None
-) -> RWKV7:
+) -> LanguageModel:
     """The model with the weights that training starts from."""
     model = build_model(
         start.model_config,
@@ -402,13 +403,14 @@ def _check_sampling(
         )
 
 
-def _settings(config: TrainConfig, plan: Plan, model: RWKV7Config, data: LMData) -> dict[str, Any]:
+def _settings(config: TrainConfig, plan: Plan, model: ModelConfig, data: LMData) -> dict[str, Any]:
     """What a resume compares: the flags, with what was left open replaced by what it came to."""
     flags = {k: v for k, v in config.to_flat().items() if k not in starting_point.DIMENSIONS}
     return flags | {
         "epoch_steps": plan.epoch_steps,
         "global_bsz": plan.global_bsz,
         "data": data.fingerprint,
+        "version": model.version,
         "model": dataclasses.asdict(model),
     }
 
@@ -466,7 +468,7 @@ def _table(config: TrainConfig, job: _Job, memory: PeakMemory) -> list[tuple[str
         ),
         ("passes over data", data.passes_in_words(plan.total_steps * plan.global_bsz)),
         ("memory", f"about {estimate:.2f} GB per device (estimate)"),
-        ("kernel", f"wkv7 {job.kernel.backend} ({job.kernel.reason})"),
+        ("kernel", f"{m.kernel} {job.kernel.backend} ({job.kernel.reason})"),
         ("precision", f"{d.precision}, {torch.get_num_threads()} CPU threads"),
         ("run folder", config.output.proj_dir),
     ]
@@ -478,7 +480,12 @@ def _memory_estimate(config: TrainConfig, job: _Job, memory: PeakMemory) -> int:
     return memory.before + added
 
 
-def _write_config(config: TrainConfig, model: RWKV7Config, path: Path) -> None:
+def _model_settings(model: ModelConfig) -> dict[str, Any]:
+    """The settings that ask for such a model."""
+    return {"version": model.version} | dataclasses.asdict(model)
+
+
+def _write_config(config: TrainConfig, model: ModelConfig, path: Path) -> None:
     """The run's settings as YAML that `rwkvtune train --config` takes, dimensions filled in."""
     import yaml
 
@@ -492,8 +499,10 @@ def _write_config(config: TrainConfig, model: RWKV7Config, path: Path) -> None:
         )
 
     Dumper.add_representer(str, text)
-    dimensions = {name: getattr(model, name) for name in starting_point.DIMENSIONS}
     content = yaml.dump(
-        config.to_flat() | dimensions, Dumper=Dumper, sort_keys=False, allow_unicode=True
+        config.to_flat() | _model_settings(model),
+        Dumper=Dumper,
+        sort_keys=False,
+        allow_unicode=True,
     )
     atomic_write(path, lambda file: file.write(content.encode()))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rwkvtune.errors import UserError
 from rwkvtune.kernels.fused.cross_entropy import LOGITS_IN_MEMORY
-from rwkvtune.models.rwkv7.config import RWKV7Config
+from rwkvtune.models import ModelConfig
 from rwkvtune.training.config import TrainConfig
 
 
@@ -73,7 +73,11 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int) -> Plan:
     )
 
 
-def memory_estimate(model: RWKV7Config, config: TrainConfig, device_type: str) -> int:
+KEPT_PER_BLOCK = {"x052": 17, "x060": 26, "x070": 28}
+"""Tensors of the width of the model that a block keeps for its backward pass, per token."""
+
+
+def memory_estimate(model: ModelConfig, config: TrainConfig, device_type: str) -> int:
     """Bytes that training adds to one device: weights, gradients, Adam's moments and activations,
     nothing sharded.
 
@@ -87,8 +91,9 @@ def memory_estimate(model: RWKV7Config, config: TrainConfig, device_type: str) -
     size = 2 if is_half else 4
     L, C = model.n_layer, model.n_embd
     tokens = config.schedule.micro_bsz * config.data.ctx_len
+    widths = KEPT_PER_BLOCK[model.version] * C + 2 * model.dim_ffn
     residual = tokens * C * 4 * 2
-    block = tokens * (28 * C * size + 2 * model.dim_ffn * size + 2 * C * 4)
+    block = tokens * (widths * size + 2 * C * 4)
     rows = config.optimizer.head_chunk or max(1, LOGITS_IN_MEMORY // model.vocab_size)
     head = min(rows, tokens) * model.vocab_size * size + model.vocab_size * C * 4
     weights = model.num_parameters * 16

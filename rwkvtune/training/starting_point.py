@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,28 @@ from torch import Tensor
 from rwkvtune.checkpoint import load_resume_meta, load_weights, newest_resume_state
 from rwkvtune.data.tokenizers import Tokenizer
 from rwkvtune.errors import UserError
-from rwkvtune.models import RWKV7Config, build_model, config_from_state_dict, fill_model
+from rwkvtune.models import (
+    CONFIG_CLASSES,
+    CONFIGS,
+    ModelConfig,
+    build_model,
+    config_from_state_dict,
+    fill_model,
+)
 from rwkvtune.training.config import ModelOptions, TrainConfig
 from rwkvtune.training.run_state import Progress
 from rwkvtune.weights_header import numbered_weights
 
 DIMENSIONS = (
     "n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn",
-    "decay_rank", "a_rank", "v_rank", "g_rank",
+    "mix_rank", "decay_rank", "a_rank", "v_rank", "g_rank",
 )  # fmt: skip
+"""Settings that say what a model looks like; not every version has all of them."""
 
 
 @dataclass
 class StartingPoint:
-    model_config: RWKV7Config
+    model_config: ModelConfig
     source: str
     """What the start of the run prints."""
     weights: dict[str, Tensor] | None = None
@@ -99,7 +107,7 @@ def _find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) ->
         return StartingPoint(_fresh_config(config.model, tokenizer), "initial values")
     if state is not None:
         meta = load_resume_meta(state)
-        recorded = RWKV7Config(**meta["settings"]["model"])
+        recorded = CONFIG_CLASSES[meta["settings"]["version"]](**meta["settings"]["model"])
         return StartingPoint(
             recorded,
             f"resumed from {state}",
@@ -140,10 +148,9 @@ def _from_file(
     config = config_from_state_dict(weights)
     may_resize = may_resize and flags.interpolate
     if may_resize:
-        wanted = {name: getattr(flags, name) for name in DIMENSIONS}
-        config = RWKV7Config(
-            **{n: getattr(config, n) if v is None else v for n, v in wanted.items()}
-        )
+        sizes = asdict(config)
+        wanted = {name: size for name, size in _given(flags).items() if name in sizes}
+        config = type(config)(**(sizes | wanted))
         weights = _interpolated(weights, config, notes)
     lacking = _check_fits(weights, config, path, may_lack=may_resize or flags.load_partial)
     notes += [f"initial values for {name}: not in {path}" for name in lacking]
@@ -160,7 +167,7 @@ def _from_file(
 
 
 def _check_fits(
-    weights: Mapping[str, Tensor], config: RWKV7Config, path: Path, *, may_lack: bool
+    weights: Mapping[str, Tensor], config: ModelConfig, path: Path, *, may_lack: bool
 ) -> list[str]:
     """Names of the model's tensors that the weights lack, which is all right if they may.
 
@@ -175,29 +182,48 @@ def _check_fits(
     return [name for name in whole if name not in weights] if may_lack else []
 
 
-def _disagreements(flags: ModelOptions, found: RWKV7Config, source: str) -> list[str]:
+def _given(flags: ModelOptions) -> dict[str, int]:
+    """The dimensions that flags say."""
+    sizes = {name: getattr(flags, name) for name in DIMENSIONS}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def _disagreements(flags: ModelOptions, found: ModelConfig, source: str) -> list[str]:
     """Dimensions for which flags say something else than the weights."""
-    return [
-        f"{name}: flag {getattr(flags, name)}, {source} {getattr(found, name)}"
-        for name in DIMENSIONS
-        if getattr(flags, name) not in (None, getattr(found, name))
+    are = asdict(found)
+    wrong = [
+        f"{name}: flag {size}, {source} {are[name]}"
+        if name in are
+        else f"{name}: flag {size}, {source} is {found.version} and has none"
+        for name, size in _given(flags).items()
+        if size != are.get(name)
     ]
+    if flags.version not in (None, found.version):
+        wrong.insert(0, f"version: flag {flags.version}, {source} {found.version}")
+    return wrong
 
 
-def _fresh_config(flags: ModelOptions, tokenizer: Tokenizer | None) -> RWKV7Config:
+def _fresh_config(flags: ModelOptions, tokenizer: Tokenizer | None) -> ModelConfig:
+    version = flags.version or "x070"
     defaults = {
         "n_layer": 12,
         "n_embd": 768,
         "head_size": 64,
         "vocab_size": 65536 if tokenizer is None else tokenizer.vocab_size,
     }
-    sizes = {name: getattr(flags, name) for name in DIMENSIONS}
-    given = {name: value for name, value in sizes.items() if value is not None}
-    return RWKV7Config(**(defaults | given))
+    given, config_class = _given(flags), CONFIG_CLASSES[version]
+    known = [f.name for f in fields(config_class)]
+    foreign = [name for name in given if name not in known]
+    if foreign:
+        raise UserError(
+            f"an {version} model has no {' and no '.join(foreign)}: leave it out; its dimensions "
+            f"are {', '.join(known)}"
+        )
+    return config_class(**(defaults | given))
 
 
 def _interpolated(
-    weights: Mapping[str, Tensor], target: RWKV7Config, notes: list[str]
+    weights: Mapping[str, Tensor], target: ModelConfig, notes: list[str]
 ) -> dict[str, Tensor]:
     """Every tensor of a file resized to a model of other dimensions.
 
@@ -205,10 +231,7 @@ def _interpolated(
     linear between two rows.  UserError for a tensor that has no place there, or differs in its
     other axes.
     """
-    from rwkvtune.models.rwkv7.model import RWKV7
-
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in RWKV7(target).state_dict().items()}
+    shapes = {n: torch.Size(s) for n, s in CONFIGS[target.version].tensor_shapes(target).items()}
     unknown = [name for name in weights if name not in shapes]
     if unknown:
         raise UserError(

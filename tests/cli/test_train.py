@@ -22,7 +22,7 @@ from rwkvtune.cli.train import (
 from rwkvtune.data.binidx import BinIdxWriter
 from rwkvtune.errors import UserError
 from rwkvtune.models import RWKV7Config, build_model
-from rwkvtune.training.config import DeviceOptions, TrainConfig, setting_types
+from rwkvtune.training.config import DeviceOptions, TrainConfig, Version, setting_types
 
 TYPES = setting_types()
 DEFAULTS = TrainConfig().to_flat()
@@ -43,6 +43,8 @@ def another(name: str) -> Any:
         return 0.125
     if hint is str:
         return "a: [b, 'c'] #\n\"d\" 1e3 ü"
+    if hint == Version | None:
+        return "x052"
     assert hint == int | None or hint is int or hint == int | Literal["auto"]
     return 7
 
@@ -51,7 +53,7 @@ def another(name: str) -> Any:
 def test_every_setting_is_a_flag_and_a_yaml_key(name: str, tmp_path: Path) -> None:
     value = another(name)
     expected = DEFAULTS | {name: value}
-    assert value != DEFAULTS[name] or name == "version"
+    assert value != DEFAULTS[name]
     written = str(value).lower() if isinstance(value, bool) else str(value)
     assert parse(f"--{name}", written) == expected
     assert parse(f"--{name}={written}") == expected
@@ -167,6 +169,15 @@ REFUSALS = {
         [*DATA, "--n_layer", "2", "--load_model", "incomplete.pth"],
         'incomplete.pth does not fit an x070 model of its own dimensions: Missing key(s) in '
         'state_dict: "blocks.1.att.k_a"',
+    ),
+    "version of the file": Refusal(
+        [*DATA, "--load_model", "w.pth", "--version", "x060"], "version: flag x060, file x070"
+    ),
+    "dimension of another version": Refusal(
+        [*DATA, "--version", "x052", "--g_rank", "8"], "an x052 model has no g_rank: leave it out"
+    ),
+    "unknown version": Refusal(
+        [*DATA, "--version", "x051"], "version=x051 must be one of x052, x060, x070"
     ),
     "width and heads": Refusal([*DATA, "--n_embd", "100"], "n_embd=100 is not a multiple"),
     "window too long": Refusal([*DATA, "--ctx_len", "2000"], "tokens are too few"),

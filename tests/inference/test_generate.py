@@ -30,6 +30,7 @@ def model() -> RWKV7:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator), alpha=0.2)
+    assert isinstance(model, RWKV7)
     return model
 
 

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from rwkvtune.kernels.calls import without_autocast
-from rwkvtune.kernels.fused.time_mix import norm_bonus_gate, prepare_keys, squared_relu
-from rwkvtune.kernels.fused.token_shift import token_shift_mix
+from rwkvtune.kernels.fused.time_mix import (
+    norm_bonus_gate,
+    norm_gate,
+    prepare_keys,
+    squared_relu,
+)
+from rwkvtune.kernels.fused.token_shift import blend, shift_difference, token_shift_mix
 
 B, T, H, N = 2, 3, 2, 16
 C = H * N
@@ -31,6 +36,9 @@ PIECES: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]] = {
     "norm_bonus_gate": lambda: norm_bonus_gate(
         heads, heads, heads, heads, z, random(H, N), random(C), random(C), 1e-5
     ),
+    "norm_gate": lambda: norm_gate(heads, z, random(C), random(C), 1e-5),
+    "shift_difference": lambda: shift_difference(z, random(B, C)),
+    "blend": lambda: blend(z, random(B, T, C), random(5, B, T, C)),
     "squared_relu": lambda: squared_relu(z),
 }
 

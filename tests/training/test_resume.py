@@ -25,6 +25,13 @@ CASES = {
         "order": "shuffled", "precision": "fp32", "micro_bsz": 1, "accumulate_grad_batches": 3,
         "save_dtype": "bf16",
     },
+    "x052, shuffled, fp32": {
+        "version": "x052", "order": "shuffled", "precision": "fp32", "micro_bsz": 4,
+    },
+    "x060, published, bf16, documents, recomputed": {
+        "version": "x060", "mix_rank": 8, "order": "published", "precision": "bf16",
+        "micro_bsz": 3, "reset_at_documents": "true", "grad_cp": "true",
+    },
     "published, bf16, documents, recomputed": {
         "order": "published", "precision": "bf16", "micro_bsz": 3, "reset_at_documents": "true",
         "grad_cp": "true",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,21 @@ from torch import Tensor
 from rwkvtune.checkpoint import resume_folder, save_resume_state, save_weights
 from rwkvtune.data.tokenizers import load_tokenizer
 from rwkvtune.errors import UserError
-from rwkvtune.models import RWKV7Config, build_model, fill_model
+from rwkvtune.models import (
+    ModelConfig,
+    RWKV5Config,
+    RWKV6Config,
+    RWKV7Config,
+    build_model,
+    fill_model,
+)
 from rwkvtune.training.config import TrainConfig
 from rwkvtune.training.starting_point import StartingPoint, find
 
 CONFIG = RWKV7Config(vocab_size=31, n_layer=2, n_embd=64, head_size=32)
 
 
-def weights_of(config: RWKV7Config, seed: int = 0) -> dict[str, Tensor]:
+def weights_of(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     return build_model(config, seed=seed).state_dict()
 
 
@@ -114,6 +121,35 @@ def test_without_weights_the_flags_and_the_tokenizer_make_the_model(tmp_path: Pa
     assert find_start(tmp_path / "run")[0].model_config == RWKV7Config(65536, 12, 768)
 
 
+@pytest.mark.parametrize("config", [RWKV5Config(31, 2, 64), RWKV6Config(31, 2, 64, mix_rank=8)])
+def test_the_file_tells_the_version_and_flags_may_only_confirm_it(
+    tmp_path: Path, config: ModelConfig
+) -> None:
+    path = tmp_path / "weights.pth"
+    save_weights(path, weights_of(config))
+    for version in (None, config.version):
+        start, _ = find_start(tmp_path / "run", load_model=str(path), version=version)
+        assert start.model_config == config
+    with pytest.raises(UserError, match=f"version: flag x070, file {config.version}"):
+        find_start(tmp_path / "run", load_model=str(path), version="x070")
+    with pytest.raises(UserError, match=f"g_rank: flag 8, file is {config.version} and has none"):
+        find_start(tmp_path / "run", load_model=str(path), g_rank=8)
+    start, notes = find_start(
+        tmp_path / "run", load_model=str(path), vocab_size=40, n_layer=3, interpolate=True
+    )
+    assert start.model_config == replace(config, vocab_size=40, n_layer=3)
+    assert any("emb.weight: [31, 64] -> [40, 64]" in note for note in notes)
+
+
+def test_a_dimension_that_a_version_does_not_have_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="an x052 model has no mix_rank and no decay_rank: leave"):
+        find_start(tmp_path / "run", version="x052", mix_rank=32, decay_rank=64)
+    with pytest.raises(UserError, match="an x070 model has no mix_rank: .* v_rank, g_rank$"):
+        find_start(tmp_path / "run", mix_rank=32)
+    start, _ = find_start(tmp_path / "run", version="x060", mix_rank=16)
+    assert start.model_config == RWKV6Config(65536, 12, 768, mix_rank=16, decay_rank=64)
+
+
 def test_the_highest_numbered_weights_of_the_folder_go_before_those_given(
     tmp_path: Path, file: Path
 ) -> None:
@@ -136,7 +172,8 @@ def test_a_resume_state_goes_before_all_weights_and_its_dimensions_are_confirmed
     tmp_path: Path, file: Path
 ) -> None:
     save_weights(tmp_path / "rwkv-3.pth", weights_of(CONFIG))
-    meta = {"settings": {"model": asdict(CONFIG)}, "progress": {"step": 7, "tokens": 700}}
+    settings = {"version": "x070", "model": asdict(CONFIG)}
+    meta = {"settings": settings, "progress": {"step": 7, "tokens": 700}}
     state = resume_folder(tmp_path, 7)
     save_resume_state(state, {"x": torch.zeros(1)}, meta)
     start, _ = find_start(tmp_path, load_model=str(file))
@@ -144,6 +181,9 @@ def test_a_resume_state_goes_before_all_weights_and_its_dimensions_are_confirmed
     assert (start.progress.step, start.progress.tokens, start.model_config) == (7, 700, CONFIG)
     assert find_start(tmp_path, n_embd=64)[0].problems == []
     assert find_start(tmp_path, n_embd=128)[0].problems == ["n_embd: flag 128, the run 64"]
+    assert find_start(tmp_path, version="x060", mix_rank=32)[0].problems == [
+        "version: flag x060, the run x070", "mix_rank: flag 32, the run is x070 and has none",
+    ]  # fmt: skip
 
 
 def test_final_weights_without_a_resume_state_are_not_trained_over(tmp_path: Path) -> None:

@@ -17,9 +17,12 @@ from rwkvtune.training.optim import build_optimizer, set_hyperparameters
 from rwkvtune.training.schedule import Schedule
 
 
-def test_twelve_steps_give_the_original_programs_losses_norms_and_weights(golden: Path) -> None:
-    file = json.loads((golden / "trajectory-x070.json").read_text())
-    content = load_file(golden / "x070.safetensors")
+@pytest.mark.parametrize("version", ["x052", "x060", "x070"])
+def test_twelve_steps_give_the_original_programs_losses_norms_and_weights(
+    golden: Path, version: str
+) -> None:
+    file = json.loads((golden / f"trajectory-{version}.json").read_text())
+    content = load_file(golden / f"{version}.safetensors")
     weights = {n[2:]: w.float() for n, w in content.items() if n.startswith("w.")}
     model = build_model(config_from_state_dict(weights))
     model.load_state_dict(weights)

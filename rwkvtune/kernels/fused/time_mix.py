@@ -1,4 +1,4 @@
-"""The small tensors around the x070 recurrence: its keys before it, norm, bonus and gate after it.
+"""The small tensors around the recurrences: x070's keys before it; norm, bonus and gate after it.
 
 Each token passes through about twenty elementwise operations per block. Autograd keeps most of
 their results and reads them once more each; the functions here keep only their inputs.
@@ -181,6 +181,58 @@ def norm_bonus_gate(
     """
     with without_autocast(y.device.type):
         out = apply(_NormBonusGate, y, r, k, v, g, r_k, weight, bias, eps)
+    return cast(Tensor, out)
+
+
+def norm_gate_reference(
+    y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """The formula of `norm_gate`, for autograd."""
+    B, T, H, N = y.shape
+    normed = F.layer_norm(y, (N,), eps=eps).view(B, T, H * N)
+    return (normed * weight.to(y.dtype) + bias.to(y.dtype)) * F.silu(gate)
+
+
+class _NormGate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> Tensor:
+        B, T, H, N = y.shape
+        weight, bias = weight.to(y.dtype), bias.to(y.dtype)
+        normed, mean, rstd = torch.native_layer_norm(y, (N,), None, None, eps)
+        ctx.save_for_backward(y, mean, rstd, normed, gate, weight, bias)
+        before_gate = torch.addcmul(bias, normed.view(B, T, H * N), weight)
+        return before_gate.mul_(F.silu(gate))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        y, mean, rstd, normed, gate, weight, bias = ctx.saved_tensors
+        B, T, H, N = y.shape
+        normed = normed.view(B, T, H * N)
+        before_gate = torch.addcmul(bias, normed, weight)
+        dgate = torch.ops.aten.silu_backward(before_gate.mul_(dout), gate)
+        dbefore = F.silu(gate).mul_(dout)  # [B,T,C]
+        dbias = column_sum(dbefore)
+        dweight = column_sum(dbefore * normed)
+        dy, _, _ = torch.ops.aten.native_layer_norm_backward(
+            dbefore.mul_(weight).view(B, T, H, N),
+            y, (N,), mean, rstd, None, None, [True, False, False],
+        )  # fmt: skip
+        return dy, dgate, dweight, dbias, None
+
+
+def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """What follows the x052 and x060 recurrences, up to the output projection.
+
+        out = (groupnorm(y) weight + bias) silu(gate)      norm per head
+
+    y: [B, T, H, N], fp32 or bf16.  gate: [B, T, H * N] of its dtype.  weight, bias: [H * N], any
+    float type.  Returns [B, T, H * N] in y's type.  Source: "Eagle and Finch", arXiv:2404.05892.
+    """
+    with without_autocast(y.device.type):
+        out = apply(_NormGate, y, gate, weight, bias, eps)
     return cast(Tensor, out)
 
 

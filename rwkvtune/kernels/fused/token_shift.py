@@ -1,4 +1,8 @@
-"""Token-shift mixing: several blends of each token with its predecessor, in one pass."""
+"""Token-shift mixing: several blends of each token with its predecessor, in one pass.
+
+x052 and x070 blend by fixed shares (`token_shift_mix`); x060's shares differ from token to token
+and come from the difference itself (`shift_difference`, `blend`).
+"""
 
 from __future__ import annotations
 
@@ -60,13 +64,17 @@ class _TokenShiftMix(torch.autograd.Function):
         dprev = grads[0] * mix[0]
         for g, row in zip(grads[1:], mix[1:], strict=True):
             dprev.addcmul_(g, row)
-        dz.sub_(dprev)
-        if reset is not None:
-            dprev.masked_fill_(reset[:, :, None], 0)
-        dz[:, :-1].add_(dprev[:, 1:])
+        dbefore = _shift_back(dz.sub_(dprev), dprev, reset, ctx.has_before)
         dmix = torch.stack([column_sum(g * d) for g in grads])
-        dbefore = dprev[:, 0] if ctx.has_before else None
         return dz, dmix, dbefore, None
+
+
+def _shift_back(dz: Tensor, dprev: Tensor, reset: Tensor | None, has_before: bool) -> Tensor | None:
+    """Add the gradient of P(z) to that of z; returns that of `before`. Uses up dprev."""
+    if reset is not None:
+        dprev.masked_fill_(reset[:, :, None], 0)
+    dz[:, :-1].add_(dprev[:, 1:])
+    return dprev[:, 0] if has_before else None
 
 
 def column_sum(x: Tensor) -> Tensor:
@@ -87,3 +95,56 @@ def token_shift_mix(
     token shift.
     """
     return cast("tuple[Tensor, ...]", apply(_TokenShiftMix, z, mix, before, reset))
+
+
+class _ShiftDifference(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, before: Tensor | None, reset: Tensor | None) -> Tensor:
+        ctx.save_for_backward(reset)
+        ctx.has_before = before is not None
+        return previous_token(z, before, reset).sub_(z)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dd: Tensor) -> tuple[Tensor | None, ...]:
+        (reset,) = ctx.saved_tensors
+        dprev = dd if reset is None else dd.clone()
+        dz = dd.neg()
+        return dz, _shift_back(dz, dprev, reset, ctx.has_before), None
+
+
+def shift_difference(
+    z: Tensor, before: Tensor | None = None, reset: Tensor | None = None
+) -> Tensor:
+    """P(z) - z with P, z, before and reset as in `token_shift_mix`; [B, T, C] of z's dtype."""
+    return cast(Tensor, apply(_ShiftDifference, z, before, reset))
+
+
+class _Blend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, d: Tensor, mix: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(d, mix)
+        return tuple(torch.addcmul(z, d, share) for share in mix)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        d, mix = ctx.saved_tensors
+        dz = grads[0].clone()
+        dd = grads[0] * mix[0]
+        for g, share in zip(grads[1:], mix[1:], strict=True):
+            dz.add_(g)
+            dd.addcmul_(g, share)
+        dmix = torch.empty_like(mix)
+        for g, out in zip(grads, dmix, strict=True):
+            torch.mul(g, d, out=out)
+        return dz, dd, dmix
+
+
+def blend(z: Tensor, d: Tensor, mix: Tensor) -> tuple[Tensor, ...]:
+    """z + d * mix[s] for each s.
+
+    z, d: [B, T, C], fp32 or bf16.  mix: [S, B, T, C] of their dtype.  Returns S tensors [B, T, C].
+    Source: "Eagle and Finch", arXiv:2404.05892, data-dependent token shift.
+    """
+    return cast("tuple[Tensor, ...]", apply(_Blend, z, d, mix))

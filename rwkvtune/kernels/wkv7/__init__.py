@@ -44,13 +44,14 @@ def wkv7(
     # Imported on the first call, so that importing the package does not load torch.
     import torch
 
-    from ..dispatch import announce, resolve_wkv7
+    from ..arguments import check_arguments
+    from ..dispatch import announce, resolve
     from .chunked import wkv7_chunked
     from .reference import wkv7_reference
     from .stepwise import wkv7_stepwise
 
-    _check({"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, state, reset)
-    choice = resolve_wkv7(r.device.type, r.dtype, r.shape[3], backend)
+    check_arguments("wkv7", {"r": r, "w": w, "k": k, "v": v, "a": a, "b": b}, state, reset)
+    choice = resolve("wkv7", r.device.type, r.dtype, r.shape[3], backend)
     announce("wkv7", choice)
     if choice.backend == "reference":
         return wkv7_reference(r, w, k, v, a, b, state, reset=reset)
@@ -61,40 +62,3 @@ def wkv7(
     if r.shape[1] <= SHORT_LEN and not needs_grad:
         return wkv7_stepwise(r, w, k, v, a, b, state, reset=reset)
     return wkv7_chunked(r, w, k, v, a, b, state, reset=reset)
-
-
-def _check(inputs: dict[str, Tensor], state: Tensor | None, reset: Tensor | None) -> None:
-    """Raise UserError unless the arguments of `wkv7` fit together."""
-    import torch
-
-    from ...errors import UserError
-
-    r = inputs["r"]
-    if r.dim() != 4 or 0 in r.shape:
-        raise UserError(f"wkv7: r must be [B, T, H, N] without empty sides; got {tuple(r.shape)}.")
-    if r.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise UserError(
-            f"wkv7: inputs must be float32, bfloat16, float16 or float64; got {r.dtype} for r."
-        )
-    for name, x in inputs.items():
-        if x.shape != r.shape or x.dtype != r.dtype or x.device != r.device:
-            raise UserError(
-                f"wkv7: r, w, k, v, a, b must agree in shape, dtype and device; {name} is "
-                f"{tuple(x.shape)} {x.dtype} on {x.device}, r is {tuple(r.shape)} {r.dtype} "
-                f"on {r.device}."
-            )
-    B, T, H, N = r.shape
-    if state is not None:
-        dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
-        if state.shape != (B, H, N, N) or state.dtype != dtype or state.device != r.device:
-            raise UserError(
-                f"wkv7: state must be {(B, H, N, N)} {dtype} on {r.device} for inputs of shape "
-                f"{tuple(r.shape)}; got {tuple(state.shape)} {state.dtype} on {state.device}."
-            )
-    if reset is not None and (
-        reset.shape != (B, T) or reset.dtype != torch.bool or reset.device != r.device
-    ):
-        raise UserError(
-            f"wkv7: reset must be {(B, T)} torch.bool on {r.device}, True where a document starts; "
-            f"got {tuple(reset.shape)} {reset.dtype} on {reset.device}."
-        )

@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..slabs import Slab, cut
 from .reference import LOG_DECAY_SCALE
 
 CHUNK_LEN = 16
@@ -68,52 +69,6 @@ def wkv7_chunked(
     """Run the recurrence chunk by chunk; arguments and results as `rwkvtune.kernels.wkv7.wkv7`."""
     result: tuple[Tensor, Tensor] = _Wkv7.apply(r, w, k, v, a, b, state, reset)
     return result
-
-
-class _Slab(NamedTuple):
-    """`chunks` chunks of `chunk_len` tokens of the batch rows `rows`, from token `start` on."""
-
-    rows: slice
-    start: int
-    chunks: int
-    chunk_len: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.rows.stop - self.rows.start, self.chunks, self.chunk_len
-
-    @property
-    def tokens(self) -> slice:
-        return slice(self.start, self.start + self.chunks * self.chunk_len)
-
-    def of(self, x: Tensor) -> Tensor:
-        """The slab of x [B,T,H,N] as a view [chunks, rows, H, chunk_len, N]."""
-        R, _, H, N = x[self.rows].shape
-        x = x[self.rows, self.tokens].view(R, self.chunks, self.chunk_len, H, N)
-        return x.permute(1, 0, 3, 2, 4)
-
-
-def _cut(like: Tensor) -> list[list[_Slab]]:
-    """The slabs of inputs [B,T,H,N]: for each group of batch rows, its slabs in order of time."""
-    B, T, H, _ = like.shape
-    on_cpu = like.device.type == "cpu"
-    slab_rows = SLAB_ROWS_PER_THREAD * torch.get_num_threads() if on_cpu else SLAB_ROWS_GPU
-    chunk_len = min(CHUNK_LEN, T)
-    rows = max(1, min(B, slab_rows // (H * chunk_len)))
-    chunks = max(1, slab_rows // (rows * H * chunk_len))
-    groups = []
-    for first in range(0, B, rows):
-        batch_rows = slice(first, min(first + rows, B))
-        slabs = []
-        start = 0
-        while T - start >= chunk_len:
-            count = min(chunks, (T - start) // chunk_len)
-            slabs.append(_Slab(batch_rows, start, count, chunk_len))
-            start += count * chunk_len
-        if start < T:
-            slabs.append(_Slab(batch_rows, start, 1, T - start))
-        groups.append(slabs)
-    return groups
 
 
 class _Triangles:
@@ -145,7 +100,7 @@ class _Documents(NamedTuple):
     """[chunks, rows, 1, 1, 1]: S0 reaches Sn."""
 
 
-def _documents(slab: _Slab, reset: Tensor, dtype: torch.dtype) -> _Documents:
+def _documents(slab: Slab, reset: Tensor, dtype: torch.dtype) -> _Documents:
     starts = reset[slab.rows, slab.tokens].unflatten(1, (slab.chunks, slab.chunk_len))
     document = starts.transpose(0, 1).cumsum(-1)[:, :, None]  # [chunks, rows, 1, n]
     twice = torch.cat([document, document], -1)
@@ -165,7 +120,7 @@ class _Workspace:
     memory as [chunks, rows, H, ...], the form in which a slab of the inputs is seen.
     """
 
-    def __init__(self, slab: _Slab, like: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, slab: Slab, like: Tensor, dtype: torch.dtype) -> None:
         H, N = like.shape[2:]
         C, R, n = slab.chunks, slab.rows.stop - slab.rows.start, slab.chunk_len
         self.C, self.G, self.M, self.n, self.N = C, R * H, C * R * H, n, N
@@ -212,7 +167,7 @@ class _Workspace:
         """Room for the states between the chunks, the entering and the leaving one included."""
         return torch.empty(self.C + 1, self.G, self.N, self.N, **self._options)
 
-    def load(self, slab: _Slab, inputs: tuple[Tensor, ...], reset: Tensor | None) -> None:
+    def load(self, slab: Slab, inputs: tuple[Tensor, ...], reset: Tensor | None) -> None:
         """Fill decay, AR, BK, BKn, V, A and end from the inputs of a slab."""
         r, w, k, v, a, b = (slab.of(x) for x in inputs)
         n = self.n
@@ -265,7 +220,7 @@ class _Workspace:
 class _Retreat(_Workspace):
     """The backward of a slab, from the gradient of the state that it left to the one it entered."""
 
-    def __init__(self, slab: _Slab, like: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, slab: Slab, like: Tensor, dtype: torch.dtype) -> None:
         super().__init__(slab, like, dtype)
         n, N = self.n, self.N
         self.ZY, self.dAR, self.dBK = (self.empty(2 * n, N) for _ in range(3))
@@ -332,7 +287,7 @@ class _Retreat(_Workspace):
         self.end_log = dSn.mul_(self.states[1:].view(M, N, N)).sum(1, keepdim=True)
         return self.d_states[0]
 
-    def store(self, slab: _Slab, gradients: tuple[Tensor, ...]) -> None:
+    def store(self, slab: Slab, gradients: tuple[Tensor, ...]) -> None:
         """Write the gradients of the inputs; uses up dAR."""
         dr, dw, dk, dv, da, db = (slab.of(x) for x in gradients)
         M, n = self.M, self.n
@@ -372,7 +327,12 @@ class _Wkv7(torch.autograd.Function):
         final_state = r.new_empty(B, H, N, N, dtype=dtype)
         kept: list[Tensor] = []
         workspaces: dict[tuple[int, int, int], _Workspace] = {}
-        ctx.groups = _cut(r)
+        ctx.groups = cut(
+            r,
+            chunk_len=CHUNK_LEN,
+            rows_per_thread=SLAB_ROWS_PER_THREAD,
+            rows_gpu=SLAB_ROWS_GPU,
+        )
         with torch.autocast(r.device.type, enabled=False):
             for slabs in ctx.groups:
                 rows = slabs[0].rows

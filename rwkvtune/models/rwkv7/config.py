@@ -4,9 +4,28 @@ too."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from rwkvtune.errors import UserError
+from rwkvtune.models.dimensions import (
+    HEADS,
+    INITIAL_VALUE_TERMS,
+    SQUARE,
+    VECTOR,
+    ShapeReader,
+    fill_in,
+    shapes_from,
+    table_of,
+)
+
+__all__ = [
+    "INITIAL_VALUE_TERMS",
+    "TENSORS",
+    "UNUSED",
+    "RWKV7Config",
+    "config_from_shapes",
+    "low_rank_width",
+    "tensor_shapes",
+]
 
 
 def low_rank_width(size: float) -> int:
@@ -49,23 +68,16 @@ class RWKV7Config:
             "v_rank": low_rank_width(1.7 * root),
             "g_rank": low_rank_width(5 * root),
         }
-        for name, value in defaults.items():
-            if getattr(self, name) == 0:
-                object.__setattr__(self, name, value)
-        wrong = [
-            f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) < 1
-        ]
-        if wrong:
-            raise UserError(f"an x070 model needs positive dimensions, got {', '.join(wrong)}")
-        if self.n_embd % self.head_size:
-            raise UserError(
-                f"n_embd={self.n_embd} is not a multiple of head_size={self.head_size}: choose "
-                f"n_embd={-(-self.n_embd // self.head_size) * self.head_size} or another head_size"
-            )
+        fill_in(self, defaults)
 
     @property
     def version(self) -> str:
         return "x070"
+
+    @property
+    def kernel(self) -> str:
+        """Which of rwkvtune.kernels runs its recurrence."""
+        return "wkv7"
 
     @property
     def num_heads(self) -> int:
@@ -96,93 +108,58 @@ in."""
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> RWKV7Config:
     """Read every dimension from a checkpoint's tensor shapes; UserError names the tensor that is
     missing."""
-    numbers = (k.split(".")[1] for k in shapes if k.startswith("blocks."))
-    layers = 1 + max(int(n) for n in numbers if n.isdecimal())
-    last = f"blocks.{layers - 1}.att."  # the first block may lack v1
-
-    def size(name: str, axis: int) -> int:
-        if name not in shapes or len(shapes[name]) <= axis:
-            raise UserError(
-                f"these x070 weights lack {name} as a matrix (found {shapes.get(name)}): "
-                "is the file complete?"
-            )
-        return shapes[name][axis]
-
+    file = ShapeReader("x070", shapes)
+    last = f"blocks.{file.n_layer - 1}.att."  # the first block may lack v1
     return RWKV7Config(
-        vocab_size=size("emb.weight", 0),
-        n_layer=layers,
-        n_embd=size("emb.weight", 1),
-        head_size=size("blocks.0.att.r_k", 1),
-        dim_ffn=size("blocks.0.ffn.key.weight", 0),
-        decay_rank=size(last + "w1", 1),
-        a_rank=size(last + "a1", 1),
-        v_rank=size(last + "v1", 1) if layers > 1 or last + "v1" in shapes else 0,
-        g_rank=size(last + "g1", 1),
+        vocab_size=file.size("emb.weight", 0),
+        n_layer=file.n_layer,
+        n_embd=file.size("emb.weight", 1),
+        head_size=file.size("blocks.0.att.r_k", 1),
+        dim_ffn=file.size("blocks.0.ffn.key.weight", 0),
+        decay_rank=file.size(last + "w1", 1),
+        a_rank=file.size(last + "a1", 1),
+        v_rank=file.size(last + "v1", 1) if file.n_layer > 1 or last + "v1" in shapes else 0,
+        g_rank=file.size(last + "g1", 1),
     )
 
 
-_VECTOR = (1, 1, "n_embd")
-_SQUARE = ("n_embd", "n_embd")
-
-TENSORS: dict[str, tuple[tuple[str | int, ...], str]] = {
-    "emb.weight": (("vocab_size", "n_embd"), "uniform(-1e-4, 1e-4)"),
-    "blocks.0.ln0.weight": (("n_embd",), "1"),
-    "blocks.0.ln0.bias": (("n_embd",), "0"),
-    "blocks.*.ln1.weight": (("n_embd",), "1"),
-    "blocks.*.ln1.bias": (("n_embd",), "0"),
-    "blocks.*.att.x_r": (_VECTOR, "1 - d^(0.2 * r1)"),
-    "blocks.*.att.x_w": (_VECTOR, "1 - d^(0.9 * r1)"),
-    "blocks.*.att.x_k": (_VECTOR, "1 - d^(0.7 * r1)"),
-    "blocks.*.att.x_v": (_VECTOR, "1 - d^(0.7 * r1)"),
-    "blocks.*.att.x_a": (_VECTOR, "1 - d^(0.9 * r1)"),
-    "blocks.*.att.x_g": (_VECTOR, "1 - d^(0.2 * r1)"),
-    "blocks.*.att.w0": (_VECTOR, "-5.5 + 6 * n^(1 + r0^0.3) + 2.5 * z * abs(z)"),
-    "blocks.*.att.w1": (("n_embd", "decay_rank"), "0"),
-    "blocks.*.att.w2": (("decay_rank", "n_embd"), "orth(0.1 * max(1, sqrt(rows / columns)))"),
-    "blocks.*.att.a0": (_VECTOR, "-0.19 + 0.3 * z * abs(z) + 0.4 * (n - 0.5)"),
-    "blocks.*.att.a1": (("n_embd", "a_rank"), "0"),
-    "blocks.*.att.a2": (("a_rank", "n_embd"), "orth(0.1 * max(1, sqrt(rows / columns)))"),
-    "blocks.*.att.v0": (_VECTOR, "0.73 - 0.4 * (n - 0.5)"),
-    "blocks.*.att.v1": (("n_embd", "v_rank"), "0"),
-    "blocks.*.att.v2": (("v_rank", "n_embd"), "orth(0.1 * max(1, sqrt(rows / columns)))"),
-    "blocks.*.att.g1": (("n_embd", "g_rank"), "0"),
-    "blocks.*.att.g2": (("g_rank", "n_embd"), "orth(0.1 * max(1, sqrt(rows / columns)))"),
-    "blocks.*.att.k_k": (_VECTOR, "0.71 - 0.1 * (n - 0.5)"),
-    "blocks.*.att.k_a": (_VECTOR, "1.02"),
-    "blocks.*.att.r_k": (("num_heads", "head_size"), "-0.04"),
-    "blocks.*.att.receptance.weight": (_SQUARE, "orth(1)"),
-    "blocks.*.att.key.weight": (_SQUARE, "orth(0.1)"),
-    "blocks.*.att.value.weight": (_SQUARE, "orth(1)"),
-    "blocks.*.att.output.weight": (_SQUARE, "0"),
-    "blocks.*.att.ln_x.weight": (("n_embd",), "((1 + l) / L)^0.7"),
-    "blocks.*.att.ln_x.bias": (("n_embd",), "0"),
-    "blocks.*.ln2.weight": (("n_embd",), "1"),
-    "blocks.*.ln2.bias": (("n_embd",), "0"),
-    "blocks.*.ffn.x_k": (_VECTOR, "1 - d^(r1^4)"),
-    "blocks.*.ffn.key.weight": (("dim_ffn", "n_embd"), "orth(1)"),
-    "blocks.*.ffn.value.weight": (("n_embd", "dim_ffn"), "0"),
-    "ln_out.weight": (("n_embd",), "1"),
-    "ln_out.bias": (("n_embd",), "0"),
-    "head.weight": (("vocab_size", "n_embd"), "orth(0.5 * max(1, sqrt(rows / columns)))"),
-}
-"""Shape (names of dimensions) and initial value of every tensor, in the order of RWKV-LM's
-published table. `model.py` sets the values; INITIAL_VALUE_TERMS says what the letters are."""
-
-INITIAL_VALUE_TERMS = (
-    "i = channel, C = n_embd, N = head_size, l = layer, L = n_layer; d = i/C, n = i/(C-1), "
-    "z = (i mod N - (N-1)/2) / ((N-1)/2), r0 = l/(L-1), r1 = 1 - l/L; "
-    "orth(g) = a random orthogonal matrix, times g"
+TENSORS = table_of(
+    {
+        "x_r": (VECTOR, "1 - d^(0.2 * r1)"),
+        "x_w": (VECTOR, "1 - d^(0.9 * r1)"),
+        "x_k": (VECTOR, "1 - d^(0.7 * r1)"),
+        "x_v": (VECTOR, "1 - d^(0.7 * r1)"),
+        "x_a": (VECTOR, "1 - d^(0.9 * r1)"),
+        "x_g": (VECTOR, "1 - d^(0.2 * r1)"),
+        "w0": (VECTOR, "-5.5 + 6 * n^(1 + r0^0.3) + 2.5 * z * abs(z)"),
+        "w1": (("n_embd", "decay_rank"), "0"),
+        "w2": (("decay_rank", "n_embd"), "orth(0.1 * max(1, sqrt(rows / columns)))"),
+        "a0": (VECTOR, "-0.19 + 0.3 * z * abs(z) + 0.4 * (n - 0.5)"),
+        "a1": (("n_embd", "a_rank"), "0"),
+        "a2": (("a_rank", "n_embd"), "orth(0.1 * max(1, sqrt(rows / columns)))"),
+        "v0": (VECTOR, "0.73 - 0.4 * (n - 0.5)"),
+        "v1": (("n_embd", "v_rank"), "0"),
+        "v2": (("v_rank", "n_embd"), "orth(0.1 * max(1, sqrt(rows / columns)))"),
+        "g1": (("n_embd", "g_rank"), "0"),
+        "g2": (("g_rank", "n_embd"), "orth(0.1 * max(1, sqrt(rows / columns)))"),
+        "k_k": (VECTOR, "0.71 - 0.1 * (n - 0.5)"),
+        "k_a": (VECTOR, "1.02"),
+        "r_k": (HEADS, "-0.04"),
+        "receptance.weight": (SQUARE, "orth(1)"),
+        "key.weight": (SQUARE, "orth(0.1)"),
+        "value.weight": (SQUARE, "orth(1)"),
+        "output.weight": (SQUARE, "0"),
+    },
+    {
+        "x_k": (VECTOR, "1 - d^(r1^4)"),
+        "key.weight": (("dim_ffn", "n_embd"), "orth(1)"),
+        "value.weight": (("n_embd", "dim_ffn"), "0"),
+    },
 )
+"""Shape and initial value of every tensor; `model.py` sets the values, and
+models.dimensions.INITIAL_VALUE_TERMS says what the letters are."""
 
 
 def tensor_shapes(config: RWKV7Config) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a model by its name."""
-
-    def numbers(shape: tuple[str | int, ...]) -> tuple[int, ...]:
-        return tuple(n if isinstance(n, int) else getattr(config, n) for n in shape)
-
-    return {
-        name.replace("*", str(layer)): numbers(shape)
-        for name, (shape, _) in TENSORS.items()
-        for layer in (range(config.n_layer) if "*" in name else [0])
-    }
+    return shapes_from(TENSORS, config)

@@ -11,6 +11,8 @@ from torch import Tensor
 from rwkvtune.kernels.fused.time_mix import (
     norm_bonus_gate,
     norm_bonus_gate_reference,
+    norm_gate,
+    norm_gate_reference,
     prepare_keys,
     prepare_keys_reference,
     squared_relu,
@@ -37,6 +39,13 @@ def norm_inputs(B: int, T: int, H: int, N: int) -> list[Tensor]:
         torch.randn(H * N),
         torch.randn(H * N),
     ]
+
+
+def gate_inputs(B: int, T: int, H: int, N: int) -> list[Tensor]:
+    """y, gate, weight, bias."""
+    torch.manual_seed(B + T + H + N)
+    C = H * N
+    return [torch.randn(B, T, H, N), torch.randn(B, T, C), torch.randn(C), torch.randn(C)]
 
 
 def outputs_and_gradients(
@@ -86,7 +95,18 @@ def test_norm_bonus_gate_follows_its_formula(
     assert_close(found, truth, tolerance)
 
 
-@pytest.mark.parametrize("piece", ["keys", "norm"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_norm_gate_follows_its_formula(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, tolerance: float
+) -> None:
+    inputs = gate_inputs(*shape)
+    found = outputs_and_gradients(norm_gate, inputs, [dtype] * 4, 64e-5)
+    truth = outputs_and_gradients(norm_gate_reference, inputs, [torch.float64] * 4, 64e-5)
+    assert_close(found, truth, tolerance)
+
+
+@pytest.mark.parametrize("piece", ["keys", "norm", "gate"])
 def test_bf16_activations_with_fp32_vectors_round_no_more_than_the_formula_does(piece: str) -> None:
     function: Callable[..., Outputs]
     reference: Callable[..., Outputs]
@@ -94,6 +114,10 @@ def test_bf16_activations_with_fp32_vectors_round_no_more_than_the_formula_does(
     if piece == "keys":
         function, reference, inputs, vectors, extra = (
             prepare_keys, prepare_keys_reference, key_inputs(4, 64, 4, 32), 2, 32,
+        )  # fmt: skip
+    elif piece == "gate":
+        function, reference, inputs, vectors, extra = (
+            norm_gate, norm_gate_reference, gate_inputs(4, 64, 4, 32), 2, 64e-5,
         )  # fmt: skip
     else:
         function, reference, inputs, vectors, extra = (

@@ -1,4 +1,4 @@
-"""token_shift_mix against its formula, in value and in every gradient."""
+"""The mixes with the previous token against their formulas, in value and in every gradient."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from rwkvtune.kernels.fused.token_shift import token_shift_mix, token_shift_mix_reference
+from rwkvtune.kernels.fused.token_shift import (
+    blend,
+    shift_difference,
+    token_shift_mix,
+    token_shift_mix_reference,
+)
 
 SIZES = [(1, 1, 4, 1), (1, 1, 4, 6), (2, 2, 8, 6), (3, 17, 8, 6), (2, 40, 32, 1), (1, 7, 5, 2)]
 
@@ -134,3 +139,45 @@ def test_inputs_are_not_changed() -> None:
     torch.stack(token_shift_mix(z, mix, before, reset)).square().sum().backward()
     assert all(x.grad is not None for x in leaves)
     assert all(torch.equal(x, k) for x, k in zip((z, mix, before, reset), kept, strict=True))
+
+
+def blended(
+    z: Tensor, mix: Tensor, before: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Both steps of x060's mix; its first one reads the difference too."""
+    d = shift_difference(z, before, reset)
+    return d, *blend(z, d, mix)
+
+
+def blended_by_formula(
+    z: Tensor, mix: Tensor, before: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, ...]:
+    first = torch.zeros_like(z[:, 0]) if before is None else before.to(z.dtype)
+    last = torch.cat([first[:, None], z[:, :-1]], dim=1)
+    if reset is not None:
+        last = torch.where(reset[:, :, None], torch.zeros_like(last), last)
+    return last - z, *(z + (last - z) * share for share in mix)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("with_reset", [False, True])
+@pytest.mark.parametrize("with_before", [False, True])
+def test_mixes_that_differ_from_token_to_token_equal_their_formula_in_fp64(
+    dtype: torch.dtype,
+    tolerance: float,
+    size: tuple[int, int, int, int],
+    with_reset: bool,
+    with_before: bool,
+) -> None:
+    z, mix, before, reset = make_inputs(*size)
+    generator = torch.Generator().manual_seed(5)
+    mix = mix[:, None, None] + torch.randn(len(mix), *z.shape, generator=generator)
+    documents = reset if with_reset else None
+    given = [z.to(dtype), mix.to(dtype), before.to(dtype) if with_before else None]
+    exact = [None if x is None else x.double() for x in given]
+    found = outputs_and_gradients(blended, given, documents)
+    wanted = outputs_and_gradients(blended_by_formula, exact, documents)
+    for f, w in zip(found, wanted, strict=True):
+        assert f.shape == w.shape
+        assert (f - w).abs().max() <= tolerance * max(1.0, float(w.abs().max()))

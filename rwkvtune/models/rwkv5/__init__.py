@@ -1,0 +1,1 @@
+"""RWKV-5.2 "Eagle" (x052): configuration and model."""

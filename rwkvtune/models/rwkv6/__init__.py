@@ -1,0 +1,1 @@
+"""RWKV-6 "Finch" (x060): configuration and model."""
