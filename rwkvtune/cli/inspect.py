@@ -17,7 +17,7 @@ from rwkvtune.cli.weights import header_of, version_of
 from rwkvtune.errors import UserError
 from rwkvtune.models import CONFIGS, ModelConfig, config_from_shapes
 from rwkvtune.models.rwkv7.config import UNUSED
-from rwkvtune.training.config import ModelOptions, TrainConfig
+from rwkvtune.training.config import FRESH_VERSION, TrainConfig
 from rwkvtune.weights_header import TensorInfo, WeightsHeader, newest_weights
 
 ABOUT = """Tell what a weights file holds: version, dimensions, ranks, types, parameters, and
@@ -180,9 +180,9 @@ def flags_of_a_fresh_model(config: ModelConfig) -> dict[str, int | str]:
     told = ("n_layer", "n_embd", "vocab_size", "head_size")
     defaults = dataclasses.asdict(type(config)(**{name: sizes[name] for name in told}))
     defaults["head_size"] = type(config).head_size
-    version = {} if config.version == ModelOptions.version else {"version": config.version}
     shape = {name: sizes[name] for name in told[:3]}
     rest = {n: size for n, size in sizes.items() if n not in shape and size != defaults[n]}
+    version = {} if config.version == FRESH_VERSION else {"version": config.version}
     return version | shape | rest
 
 

@@ -17,6 +17,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from rwkvtune.errors import UserError
 
 Version = Literal["x052", "x060", "x070"]
+FRESH_VERSION: Version = "x070"
+"""Of a fresh model when nothing says which."""
 Order = Literal["published", "shuffled", "random"]
 LrSchedule = Literal[
     "cosine", "linear", "exponential", "constant", "wsd", "wsd_cosine", "cosine_exponential_mean"
