@@ -87,6 +87,7 @@ def _show(folder: Path) -> None:
 
 Next:
   look at       {folder / "loss_curve.png"}, {folder / "metrics.csv"}, {folder / "train_log.txt"}
+  see it drawn  {python} -m rwkvtune report {folder}
   train longer  {python} -m rwkvtune train --config {folder / "config.yaml"} --exit_tokens 4000000
   use it        {python} -c "import rwkvtune; model = rwkvtune.load('{weights}')"
   your own text README.md, "Train on your own text"

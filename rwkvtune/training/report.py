@@ -191,7 +191,8 @@ def _draw_panel(axes: Axes, panel: Panel, runs: Sequence[Run], over: _XAxis, sha
             ls=dash,
         )
     everything = np.concatenate(seen)
-    axes.set_title(panel.title, loc="left", fontsize=11)
+    title = axes.set_title(_short(panel.title, 44), loc="left", fontsize=11)
+    title.set_parse_math(False)  # it may hold the name of a file
     axes.set_ylabel(panel.unit)
     _finish(axes, over)
     if not len(everything):
@@ -282,7 +283,9 @@ def _finish(axes: Axes, over: _XAxis) -> None:
     """What all panels have in common: the same x axis, a grid, no frame."""
     axes.set_xlabel(over.label)
     axes.set_xlim(0, over.end * 1.01)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=over.axis == "step"))
+    axes.xaxis.set_major_locator(
+        MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=over.axis == "step")
+    )
     if over.axis == "tokens":
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     else:
