@@ -1,6 +1,7 @@
 """How much of the machine's matrix speed a whole training step reaches.
 
     python -m benchmarks.train_step                        # this machine's CPU, fp32 and bf16
+    python -m benchmarks.train_step --version x052 x060    # others than x070
     python -m benchmarks.train_step --device cuda --precision bf16 --n_layer 12
 
 The step is forward, backward, clip and optimizer of the real model. Beside it, in turn, run the
@@ -12,6 +13,7 @@ FLOP/s on the same FLOP.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,8 +23,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
+from rwkvtune.inference.load import IN_NO_PRODUCT
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
-from rwkvtune.models import RWKV7Config, build_model
+from rwkvtune.models import CONFIG_CLASSES, CONFIGS, ModelConfig, build_model
+from rwkvtune.models.rwkv7.config import UNUSED
 from rwkvtune.training.loop import clip_gradients
 from rwkvtune.training.memory import keep_freed_memory
 from rwkvtune.training.optim import build_optimizer, set_hyperparameters
@@ -33,6 +37,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--version", nargs="+", default=["x070"], choices=list(CONFIG_CLASSES))
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
     for name, default in (("n_layer", 4), ("n_embd", 768), ("vocab_size", 16384)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -46,7 +51,7 @@ def main() -> None:
         keep_freed_memory()  # as a run does
     rows = [
         measure(
-            RWKV7Config(vocab_size=args.vocab_size, n_layer=args.n_layer, n_embd=args.n_embd),
+            CONFIG_CLASSES[version](args.vocab_size, args.n_layer, args.n_embd),
             precision,
             device=args.device,
             micro_bsz=args.micro_bsz,
@@ -54,15 +59,15 @@ def main() -> None:
             grad_cp=args.grad_cp,
             repeats=args.repeats,
         )
+        for version in args.version
         for precision in args.precision
     ]
-    machine.write(
-        args.out, f"train-step-{args.device}", machine.describe(args.device) | {"step": rows}
-    )
+    name = "-".join(["train-step", *(v for v in args.version if v != "x070"), args.device])
+    machine.write(args.out, name, machine.describe(args.device) | {"step": rows})
 
 
 def measure(
-    config: RWKV7Config,
+    config: ModelConfig,
     precision: str,
     *,
     device: str,
@@ -79,6 +84,7 @@ def measure(
     tokens = micro_bsz * ctx_len
     flop = 6 * config.matmul_parameters * tokens
     row = {
+        "version": config.version,
         "precision": precision,
         "n_layer": config.n_layer,
         "n_embd": config.n_embd,
@@ -99,7 +105,7 @@ def measure(
 
 
 def training_step(
-    config: RWKV7Config, precision: str, device: str, micro_bsz: int, ctx_len: int, grad_cp: bool
+    config: ModelConfig, precision: str, device: str, micro_bsz: int, ctx_len: int, grad_cp: bool
 ) -> Callable[[], None]:
     """A whole optimizer step on random tokens, as the loop does it."""
     with torch.device(device):
@@ -126,15 +132,18 @@ def training_step(
 
 
 def bare_products(
-    config: RWKV7Config, dtype: torch.dtype, device: str, tokens: int
+    config: ModelConfig, dtype: torch.dtype, device: str, tokens: int
 ) -> Callable[[], None]:
     """The matrix products of a step and nothing else: forward, and both gradients, of every
     weight."""
-    C, F, V = config.n_embd, config.dim_ffn, config.vocab_size
-    ranks = [config.decay_rank, config.a_rank, config.g_rank]
-    per_block = [(C, C)] * 4 + [(C, F), (F, C)] + [s for r in ranks for s in ((C, r), (r, C))]
-    shapes = per_block * config.n_layer + [(C, V)]
-    shapes += [(C, config.v_rank), (config.v_rank, C)] * (config.n_layer - 1)
+    shapes = []  # of xs [tokens, k] and their products [tokens, n]
+    for name, shape in CONFIGS[config.version].tensor_shapes(config).items():
+        if shape[0] == 1 or len(shape) < 2 or name in UNUSED or name.endswith(IN_NO_PRODUCT):
+            continue
+        *number, rows, columns = shape
+        k_and_n = (columns, rows) if name.endswith(".weight") else (rows, columns)
+        shapes += [k_and_n] * math.prod(number)
+    assert sum(k * n for k, n in shapes) == config.matmul_parameters
     operands: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
     for k, n in set(shapes):
         x, g = (torch.randn(tokens, width, device=device).to(dtype) for width in (k, n))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 __all__ = ["wkv6"]
 
 SHORT_LEN = 2
-"""Up to this many tokens without gradients (generation) the plain recurrence is the fastest."""
+"""Up to this many tokens without gradients (generation) a step per token is the fastest."""
 
 
 def wkv6(
@@ -66,6 +66,7 @@ def run(
     from ..dispatch import announce, resolve
     from .chunked import wkv6_chunked
     from .reference import wkv6_reference
+    from .stepwise import wkv6_stepwise
 
     check_arguments(kernel, {"r": r, "k": k, "v": v}, state, reset)
     of_channels = r.shape[2:]
@@ -80,10 +81,12 @@ def run(
             )
     choice = resolve(kernel, r.device.type, r.dtype, r.shape[3], backend)
     announce(kernel, choice)
+    if choice.backend == "reference":
+        return wkv6_reference(r, k, v, w, u, state, reset=reset)
+    assert choice.backend == "chunked", choice
     needs_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (r, k, v, w, u, state)
     )
-    if choice.backend == "reference" or (r.shape[1] <= SHORT_LEN and not needs_grad):
-        return wkv6_reference(r, k, v, w, u, state, reset=reset)
-    assert choice.backend == "chunked", choice
+    if r.shape[1] <= SHORT_LEN and not needs_grad:
+        return wkv6_stepwise(r, k, v, w, u, state, reset=reset)
     return wkv6_chunked(r, k, v, w, u, state, reset=reset)

@@ -321,12 +321,17 @@ def test_inputs_that_need_no_gradient_get_none_and_change_nothing(kernel: str) -
 @pytest.mark.parametrize("T", [1, 2, 3, 40])
 @pytest.mark.parametrize("kernel", DOORS)
 def test_generation_without_gradients_equals_training(kernel: str, T: int) -> None:
-    inputs = make_inputs(kernel, 2, T, 2, 32)
-    truth = run(kernel, inputs, dtype=torch.float64)
-    with torch.no_grad():
-        y, final = DOORS[kernel](*inputs)
-    torch.testing.assert_close(y, truth["y"], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(final, truth["state"], rtol=1e-12, atol=1e-12)
+    inputs = make_inputs(kernel, 2, T, 2, 32, w="stress")
+    reset = torch.zeros(2, T, dtype=torch.bool)
+    reset[1, -1] = True
+    state = inputs[5].clone()
+    for documents in (None, reset):
+        truth = run(kernel, inputs, dtype=torch.float64, reset=documents)
+        with torch.no_grad():
+            y, final = DOORS[kernel](*inputs, reset=documents)
+        torch.testing.assert_close(y, truth["y"], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(final, truth["state"], rtol=1e-12, atol=1e-12)
+    assert torch.equal(inputs[5], state)
 
 
 @pytest.mark.parametrize("kernel", DOORS)
