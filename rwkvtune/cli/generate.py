@@ -53,13 +53,15 @@ def main(argv: list[str]) -> int:
     )
     if "" in args.stop:
         raise UserError("--stop is empty: give a text, or leave it out")
+    if args.threads < 0:
+        raise UserError(f"--threads is {args.threads}: give 1 or more, or 0 for torch's choice")
     path = weights_of(args.file)
     vocab_size = vocab_size_of(path)
     tokenizer = tokenizer_for(args.file, path, vocab_size, args.tokenizer)
     prompt = prompt_text(args.prompt)
     prompt_ids = tokenizer.encode(prompt)
 
-    model = load(path, args.device, args.dtype)
+    model = load(path, args.device, args.dtype, args.threads)
     from rwkvtune.data.tokenizers import END_OF_DOCUMENT
     from rwkvtune.inference.generate import generate
 
@@ -111,6 +113,8 @@ def make_parser() -> OneLineParser:
     add("--echo", action="store_true", help="write the prompt before its continuation")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = a GPU that torch "
         "sees, else the CPU")  # fmt: skip
+    add("--threads", type=int, default=0, metavar="N", help="CPU threads, 0 = torch's choice; on "
+        "a busy machine 1 may be the fastest (0)")  # fmt: skip
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the matrices: bf16 takes "
         "half the memory (fp32)")  # fmt: skip
     return parser
@@ -175,6 +179,7 @@ def prompt_text(given: str | None) -> str:
     elif sys.stdin is None or sys.stdin.isatty():
         return ""
     else:
+        note("prompt: from stdin")  # before it is read: whoever forgot it would wait for nothing
         content, source = sys.stdin.buffer.read(), "the prompt on stdin"
     try:
         return content.decode("utf-8")
@@ -185,11 +190,13 @@ def prompt_text(given: str | None) -> str:
         ) from None
 
 
-def load(path: Path, device: str, dtype: str) -> RWKV7:
+def load(path: Path, device: str, dtype: str, threads: int) -> RWKV7:
     import torch
 
     from rwkvtune.inference.load import load_model
 
+    if threads:
+        torch.set_num_threads(threads)
     sees_gpu = torch.cuda.is_available()
     if device == "cuda" and not sees_gpu:
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")

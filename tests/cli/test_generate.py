@@ -241,6 +241,7 @@ REFUSALS: dict[str, tuple[list[Any], str]] = {
     "max_tokens": (["nothing", "--max_tokens", "-1"], "max_tokens is -1: give 0 or more"),
     "seed": (["nothing", "--seed", str(2**64)], "fits into 64 bits"),
     "stop": (["nothing", "--stop", ""], "--stop is empty"),
+    "threads": (["nothing", "--threads", "-1"], "--threads is -1: give 1 or more"),
     "half a number": (["nothing", "--top_k", "2.5"], "--top_k: invalid int value: '2.5'"),
     "near flag": (["nothing", "--temprature", "1"], "--temprature (did you mean --temperature?)"),
     "abbreviated": (["nothing", "--temp", "1"], "unknown flag --temp"),
@@ -325,9 +326,9 @@ def test_a_reader_that_leaves_ends_the_text_without_a_word(folder: Path) -> None
     process.stdout.close()
     err = process.stderr.read()
     assert process.wait(timeout=60) == 141
-    assert set(err.decode().splitlines()) == {
-        f"weights: {folder}/rwkv-final.pth", "kernel wkv7: chunked (no GPU in use)"
-    } or torch.cuda.is_available()  # fmt: skip
+    assert all(
+        line.startswith(("weights: ", "prompt: ", "kernel ")) for line in err.decode().splitlines()
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -62,6 +62,7 @@ def test_the_files_are_the_published_ones_and_weights_are_fp32(finished: Path) -
     parts = {f"{state}/{name}" for state in states for name in ("state.safetensors", "state.json")}
     weights = {"rwkv-init.pth", "rwkv-0.pth", "rwkv-1.pth", "rwkv-2.pth", "rwkv-final.pth"}
     others = {"config.yaml", "metrics.csv", "train_log.txt", "loss_curve.png", "tokenizer.json"}
+    others.add("layers.csv")
     assert names(finished) == states | parts | weights | others | {"resume", ".lock"}
     for name in weights:
         assert {w.dtype for w in load_weights(finished / name).values()} == {torch.float32}

@@ -19,6 +19,7 @@ from rwkvtune.errors import UserError
 from rwkvtune.kernels.fused.time_mix import norm_bonus_gate, prepare_keys, squared_relu
 from rwkvtune.kernels.fused.token_shift import token_shift_mix
 from rwkvtune.kernels.wkv7 import wkv7
+from rwkvtune.kernels.wkv7.reference import LOG_DECAY_SCALE
 from rwkvtune.models.layers import Head, LayerNorm, LayerState, Linear, State, compute_dtype
 from rwkvtune.models.rwkv7.config import UNUSED, RWKV7Config
 
@@ -228,6 +229,13 @@ class RWKV7(nn.Module):
         x = self.ln_out(x, dtype)
         out = self.head(x) if head is None else head(x, self.head.weight)
         return out, new_state
+
+    @torch.no_grad()
+    def decay_of_layers(self) -> list[Tensor]:
+        """Per block the share of its state that a channel keeps from one token to the next by the
+        bias w0 alone, that is without what the token adds to it: fp32 [1, 1, C], in (0.545, 1)."""
+        biases = [p for name, p in self.named_parameters() if name.endswith("att.w0")]
+        return [torch.exp(LOG_DECAY_SCALE * torch.sigmoid(w0.float())) for w0 in biases]
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
