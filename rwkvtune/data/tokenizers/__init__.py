@@ -109,6 +109,10 @@ def tokenizer_from_json(content: Any, where: str) -> Tokenizer:
 
         tokens = parse_vocabulary(map(str, content["lines"]), where)
         return VocabularyTokenizer(tokens, int(content.get("vocab_size", 0)))
+    if kind == "angles":
+        from rwkvtune.data.tokenizers.integers import AngleTokenizer
+
+        return AngleTokenizer()
     if kind == "integers" and isinstance(content.get("max_value"), int):
         from rwkvtune.data.tokenizers.integers import IntegerTokenizer
 

@@ -97,11 +97,13 @@ class IntegerTokenizer(TableTokenizer, BaseTokenizer):
             position = next(i for i, v in enumerate(values) if not 0 <= v <= self.max_value)
             raise UserError(self.out_of_range(values[position], f"at position {position}"))
 
-    def out_of_range(self, value: object, where: str) -> str:
-        """The message about a value that has no id."""
+    def out_of_range(self, value: int, where: str, largest: int = 0) -> str:
+        """The message about a value that has no id.  largest: of all the values, where known."""
         hint = "Shift the values so that the smallest is 0"
-        if isinstance(value, int | np.integer) and value > self.max_value:
-            hint = f"Use IntegerTokenizer(max_value={value}) or larger"
+        if max(value, largest) > MAX_ID:
+            hint = "Values are too large for a vocabulary: bin them"
+        elif value > self.max_value:
+            hint = f"Use IntegerTokenizer(max_value={max(value, largest)})"
         return f"Value must be in [0, {self.max_value}], got {value} {where}. {hint}"
 
     def encode_sequence(self, sequence: Iterable[int]) -> list[int]:
@@ -142,6 +144,8 @@ class IntegerTokenizer(TableTokenizer, BaseTokenizer):
 class AngleTokenizer(IntegerTokenizer):
     """Whole degrees, 0 to 359."""
 
+    name = "angles"
+
     def __init__(self, vocab_file: str | os.PathLike[str] | None = None) -> None:
         super().__init__(vocab_file=vocab_file)
         if self.max_value != DEFAULT_MAX_VALUE:
@@ -156,7 +160,7 @@ class AngleTokenizer(IntegerTokenizer):
     def decode_angle_sequence(self, tokens: Iterable[int]) -> list[int]:
         return self.decode_sequence(tokens)
 
-    def out_of_range(self, value: object, where: str) -> str:
+    def out_of_range(self, value: int, where: str, largest: int = 0) -> str:
         return f"Value must be in [0, {self.max_value}], got {value} {where}. Take it modulo 360"
 
 
