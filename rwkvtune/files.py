@@ -57,14 +57,10 @@ def atomic_write_together(writes: Mapping[Path, Callable[[BinaryIO], object]]) -
     try:
         with ExitStack() as still_open:  # and so locked, as long as another is being written
             for path, write in writes.items():
-                temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-                with _refusals_explained(path):
-                    if path.is_dir():
-                        raise IsADirectoryError(errno.EISDIR, "a folder has that name")
-                    _make_folder(path.parent)
-                    still_open.enter_context(_full_disk_explained(path))
-                    file = still_open.enter_context(open(temporary, "wb"))
+                temporary, file = _open_temporary(path)
                 staged.append((temporary, path))
+                still_open.enter_context(_full_disk_explained(path))
+                still_open.enter_context(file)
                 with _full_disk_explained(path):
                     _try_lock(file.fileno())
                     write(file)
@@ -91,6 +87,14 @@ def _give_names(staged: list[tuple[Path, Path]]) -> None:
         os.replace(temporary, path)
     for folder in {path.parent for _, path in staged}:
         _fsync_folder(folder)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """UserError now where `atomic_write` to `path` would be refused after long work. Missing parent
+    folders are made."""
+    temporary, file = _open_temporary(Path(path))
+    file.close()
+    temporary.unlink()
 
 
 @contextmanager
@@ -234,6 +238,16 @@ class RunFolderLock:
         traceback: TracebackType | None,
     ) -> None:
         self.release()
+
+
+def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file, open, that can be renamed to `path`; UserError when there may be none."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    with _refusals_explained(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder has that name")
+        _make_folder(path.parent)
+        return temporary, open(temporary, "wb")
 
 
 def _try_lock(fd: int) -> Literal["taken", "held", "no locks"]:

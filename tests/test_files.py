@@ -17,6 +17,7 @@ from rwkvtune.files import (
     atomic_directory,
     atomic_write,
     atomic_write_together,
+    check_writable,
     remove_directory,
     remove_leftovers,
 )
@@ -202,6 +203,12 @@ def test_a_place_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> No
     for place in places:
         with pytest.raises(UserError, match=re.escape(str(place))):
             atomic_write(place, lambda file: file.write(b"x"))
+        with pytest.raises(UserError, match=re.escape(str(place))):
+            check_writable(place)
+    (tmp_path / "old").write_text("old")
+    check_writable(tmp_path / "old")
+    assert (tmp_path / "old").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["file", "old"]
     for place in [tmp_path / "file" / "below", tmp_path / "file"]:
         with (
             pytest.raises(UserError, match=re.escape(str(place))),

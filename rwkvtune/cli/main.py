@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "train a small RWKV-7 on a bundled text, on the CPU, in minutes",
     "generate": "let a model write, from a prompt or from nothing",
     "inspect": "tell what a weights file or a run folder holds",
+    "report": "draw one or several runs side by side into a picture and an HTML page",
     "train": "pretrain a language model, or go on with a run (rwkvtune train --help)",
 }
 """Each is a module of this folder with a `main(argv) -> exit code`, loaded only when called."""

@@ -304,7 +304,10 @@ class StepTable:
     def __init__(
         self, path: Path, columns: Sequence[str], *, needed: Sequence[str], last_step: int
     ) -> None:
-        rows = read_table(path, needed=needed)
+        try:
+            rows = read_table(path, needed=needed)
+        except UserError as error:
+            raise UserError(f"{error}. Move the file away or choose another folder") from error
         known_before = rows[0].text if rows else {}
         self.path = path
         self.columns = (*columns, *(name for name in known_before if name not in columns))
@@ -402,15 +405,18 @@ def _whole_rows(
     """(names of the columns, cells and values of each row that is whole)."""
     if not path.exists():
         return [], iter(())
-    lines = path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    lines = content.decode("utf-8", "replace").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     header = lines[0].strip().split(",") if lines else []
     if lines and not set(needed) <= set(header):
         raise UserError(
             f"{path} holds no training metrics: its first line has to name the columns "
-            f"{' and '.join(needed)}, it is {lines[0].strip()[:80]!r}. Move the file away or "
-            "choose another folder."
+            f"{' and '.join(needed)}, it is {lines[0].strip()[:80]!r}"
         )
     return header, _parsed(header, lines[1:])
 
