@@ -15,6 +15,8 @@ from rwkvtune.data.sampler import ShuffledOrder
 from rwkvtune.errors import UserError
 from rwkvtune.training.config import TrainConfig
 
+MOST_FROM_NEXT_PASS = 0.02
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -45,20 +47,32 @@ class TrainingResult:
 
 
 def in_even_batches(config: TrainConfig, num_tokens: int) -> TrainConfig:
-    """The same with epochs that are whole passes over the data: as many steps as these need, and
-    batches that share them out evenly."""
+    """The same with epochs that are passes over the data: as many whole steps as one needs.
+
+    What a last batch lacks comes from the next pass. The batch is made smaller where that would be
+    more than MOST_FROM_NEXT_PASS of an epoch.
+    """
     from rwkvtune.training.fabric import make_fabric, planned_world_size
 
     s = config.schedule
     windows = ShuffledOrder(num_tokens, config.data.ctx_len, 0).num_slots
     world_size = planned_world_size(make_fabric(config.device, say=lambda line: None))
     shares = world_size * s.accumulate_grad_batches
-    steps = -(-windows // (shares * s.micro_bsz))
-    micro_bsz = -(-windows // (shares * steps))
+
+    def steps_with(micro_bsz: int) -> int:
+        return -(-windows // (shares * micro_bsz))
+
+    def from_next_pass(micro_bsz: int) -> float:
+        share = steps_with(micro_bsz) * shares * micro_bsz / windows - 1
+        return max(share, MOST_FROM_NEXT_PASS)
+
+    largest = min(s.micro_bsz, -(-windows // shares))
+    micro_bsz = min(range(largest, (largest - 1) // 2, -1), key=from_next_pass)
+    steps = steps_with(micro_bsz)
     if micro_bsz != s.micro_bsz:
         print(
-            f"micro_bsz {micro_bsz} instead of {s.micro_bsz}: an epoch of {windows} windows is "
-            f"{steps} even step(s) then"
+            f"micro_bsz {micro_bsz} instead of {s.micro_bsz}, so that {steps} step(s) are a pass "
+            f"over the {windows} windows of the data"
         )
     schedule = dataclasses.replace(s, micro_bsz=micro_bsz, epoch_steps=steps)
     output = dataclasses.replace(config.output, log_every=min(config.output.log_every, steps))
