@@ -341,6 +341,8 @@ def _full_disk_explained(path: Path) -> Iterator[None]:
     handled_before = sys.exc_info()[1]  # also at the end of the chain, but not our failure
     try:
         yield
+    except UserError:  # explained by what was called inside
+        raise
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and cause is not handled_before:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -21,15 +20,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prefix of token files with 12,000 characters of the bundled text in 4 documents; PREFIX_val
     has the last of them."""
     import rwkvtune
-    from rwkvtune.data.build import build_token_files
+    from tests.token_files import write_token_files
 
     source = Path(rwkvtune.__file__).parent / "demo" / "tinyshakespeare.txt"
     characters = source.read_text(encoding="utf-8")
     documents = [characters[i : i + 3000] for i in range(0, 12000, 3000)]
     prefix = tmp_path_factory.mktemp("data") / "text"
-    lines = prefix.with_suffix(".jsonl")
-    lines.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    build_token_files(lines, prefix, "chars", val_share=0.25)
+    write_token_files(documents, prefix, "chars", val_share=0.25)
     return prefix
 
 

@@ -91,8 +91,9 @@ def test_a_kill_between_two_names_never_leaves_an_old_file_beside_a_new_one(
 ) -> None:
     code = """
 import os, signal, sys
+from pathlib import Path
 from rwkvtune.files import atomic_write_together
-a, b = sys.argv[1:3]
+a, b = map(Path, sys.argv[1:3])
 left, replace = [int(sys.argv[3])], os.replace
 def replace_or_die(*names):
     if not left[0]:

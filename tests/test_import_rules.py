@@ -21,7 +21,7 @@ EVERYONE_MAY_USE = {"errors", "files"}
 
 # Packages that are not listed for a room are refused; None = any package, save those in ONLY_IN.
 TORCH_NUMPY = {"torch", "numpy"}
-DATA_PACKAGES = TORCH_NUMPY | {"PIL", "sympy", "zstandard", "jinja2", "yaml"}
+DATA_PACKAGES = TORCH_NUMPY | {"PIL", "sympy", "zstandard", "pyarrow", "jinja2", "yaml"}
 LIBRARY = {"kernels", "weights_header", "checkpoint", "data/tokenizers", "data", "models"}
 LIBRARY |= {"adapters", "configs"}
 ACTIVITIES = {"inference", "training", "evaluation", "export"}

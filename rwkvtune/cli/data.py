@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
-import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from rwkvtune.cli import output
+from rwkvtune.cli.arguments import OneLineParser
 from rwkvtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,26 +48,6 @@ dtype, largest id, tokenizer, magic prime, a histogram of document lengths, the 
 document."""
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line instead of printing all flags."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-    def parse(self, argv: list[str]) -> argparse.Namespace:
-        """Flags and inputs in any order; an unknown flag is named with the nearest there is."""
-        namespace, unknown = self.parse_known_intermixed_args(argv)
-        for argument in unknown:
-            if argument.startswith("-"):
-                flag = argument.partition("=")[0]
-                near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-                hint = f", did you mean {near[0]}?" if near else ""
-                self.error(f"unknown flag {flag}{hint}")
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return namespace
-
-
 def main(argv: list[str]) -> int:
     commands: dict[str, tuple[Callable[[list[str]], int], str]] = {
         "build": (build, "text to token files"),
@@ -86,20 +66,13 @@ def main(argv: list[str]) -> int:
 
 
 def build(argv: list[str]) -> int:
-    parser = OneLineParser(
-        prog="rwkvtune data build",
-        usage="%(prog)s INPUT... --output PREFIX --tokenizer NAME [options]",
-        description=BUILD_HELP,
-        epilog=ORDER_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = OneLineParser("rwkvtune data build", BUILD_HELP)
+    parser.epilog = ORDER_HELP
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="files, folders, or globs in quotes")
-    add("--output", required=True, metavar="PREFIX", help="where to write: PREFIX.bin and so on")
+    add("--output", metavar="PREFIX", help="where to write: PREFIX.bin and so on")
     add(
         "--tokenizer",
-        required=True,
         metavar="NAME",
         help="world (65536 ids, for released weights), bytes (257 ids), chars (the characters of "
         "this text), or a file: a vocabulary in RWKV's format (lines `<id> <Python string> <length "
@@ -126,7 +99,12 @@ def build(argv: list[str]) -> int:
         metavar="NAME",
         help="JSON field or Parquet column of the text",
     )
-    args = parser.parse(argv)
+    args = parser.parse_intermixed_args(argv)
+    # Asked for here: the parser would ask before it names a flag that is misspelled.
+    if not args.output:
+        raise UserError("--output is missing: give a prefix such as data/my")
+    if not args.tokenizer:
+        raise UserError("--tokenizer is missing: give world, bytes, chars or a vocabulary file")
     _check_ctx_len(args.ctx_len)
     from rwkvtune.data.build import build_token_files
     from rwkvtune.data.report import about_built
@@ -143,32 +121,23 @@ def build(argv: list[str]) -> int:
             text_key=args.text_key,
             on_progress=on_progress,
         )
-    print("\n".join(about_built(built, args.ctx_len)))
+    output.write("\n".join(about_built(built, args.ctx_len)) + "\n")
     return 0
 
 
 def inspect(argv: list[str]) -> int:
-    parser = OneLineParser(
-        prog="rwkvtune data inspect",
-        usage="%(prog)s PREFIX [--tokenizer NAME] [--ctx_len T]",
-        description=INSPECT_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = OneLineParser("rwkvtune data inspect", INSPECT_HELP)
     add = parser.add_argument
     add("prefix", metavar="PREFIX", help="of the files, or the name of either")
     add("--tokenizer", metavar="NAME", help="world, bytes or a file (default: the one kept beside)")
     add("--ctx_len", type=int, default=512, metavar="T", help="for the magic prime (default 512)")
-    args = parser.parse(argv)
+    args = parser.parse_intermixed_args(argv)
     _check_ctx_len(args.ctx_len)
     from rwkvtune.data.report import about_token_files
     from rwkvtune.data.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    lines = about_token_files(args.prefix, tokenizer, args.ctx_len)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show all characters
-        sys.stdout.reconfigure(errors="backslashreplace")
-    print("\n".join(lines))
+    output.write("\n".join(about_token_files(args.prefix, tokenizer, args.ctx_len)) + "\n")
     return 0
 
 
@@ -189,7 +158,7 @@ def progress_line() -> Iterator[Callable[[Progress], object]]:
 
         def show(progress: Progress) -> None:
             if progress.step not in tasks:
-                tasks[progress.step] = bar.add_task(progress.step)
+                tasks[progress.step] = bar.add_task(progress.step, total=None)
             total = progress.total_bytes or None
             bar.update(tasks[progress.step], completed=progress.done_bytes, total=total)
 

@@ -8,6 +8,7 @@ bytes) and a few megabytes of text for each process are held.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -20,6 +21,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import BinaryIO
@@ -46,7 +48,7 @@ from rwkvtune.data.tokenizers import (
     load_tokenizer,
     tokenizer_from_json,
 )
-from rwkvtune.errors import UserError
+from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.files import atomic_write_together, remove_leftovers
 
 WORTH_PROCESSES = 64 << 20
@@ -179,9 +181,18 @@ def _look_first(
     for none to be cut. Reads the text where that is not known without."""
     wants_characters = tokenizer == "chars" and not Path("chars").exists()
     if isinstance(tokenizer, str) and not wants_characters:
-        tokenizer = load_tokenizer(tokenizer)
+        try:
+            tokenizer = load_tokenizer(tokenizer)
+        except MissingFileError as error:
+            raise MissingFileError(f"{error} Or chars, for the characters of this text.") from None
     cut_at = None
     if wants_characters or val_share:
+        for file in source.files:
+            if not file.path.is_file():
+                raise UserError(
+                    f"{file.path} is no plain file: it can be read only once, but chars and "
+                    "val_share need to look at the text before. Save it in a file."
+                )
         seen = survey(
             source.batches("looking at the characters", ByteTokenizer().last_cut),
             until_second=not wants_characters,
@@ -306,15 +317,13 @@ def _fill(
             unfinished = part.unfinished
             blank_lines += part.blank_lines
             byte_order_marks += part.byte_order_marks
-    empty = text_bytes.count(0)
-    if blank_lines:
-        notes.append(f"passed over: {blank_lines} blank lines")
-    if byte_order_marks:
-        notes.append(
-            f"{byte_order_marks} files begin with a byte order mark, kept as text (U+FEFF)"
-        )
-    if empty:
-        notes.append(f"{empty} documents have no text; each is kept as its end-of-document token")
+    for count, what in (
+        (blank_lines, "blank lines, passed over"),
+        (byte_order_marks, "files that begin with a byte order mark, kept as text (U+FEFF)"),
+        (text_bytes.count(0), "documents without text, each kept as its end-of-document token"),
+    ):
+        if count:
+            notes.append(f"{what}: {count}")
     return np.frombuffer(text_bytes, np.int64)
 
 
@@ -334,7 +343,8 @@ def _divide(
         random.Random(f"validation {seed}").shuffle(order)
     shuffled = np.array(order)
     ends = np.cumsum(sizes[shuffled], dtype=np.int64)
-    first = 1 if is_cut else int(np.searchsorted(ends, ends[-1] * (1 - val_share), side="right"))
+    kept = math.floor(int(ends[-1]) * (1 - Fraction(str(val_share))))  # 0.1 is meant as a tenth
+    first = 1 if is_cut else int(np.searchsorted(ends, kept, side="right"))
     train, validation = np.sort(shuffled[:first]), np.sort(shuffled[first:])
     if not (text_bytes[train].any() and text_bytes[validation].any()):
         raise UserError(

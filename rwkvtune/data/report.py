@@ -125,6 +125,8 @@ def _shown(ids: np.ndarray, tokenizer: Tokenizer | None) -> list[str]:
     """The beginning and the end of a document, short enough to be read."""
     if len(ids) and ids[-1] == END_OF_DOCUMENT:
         ids = ids[:-1]
+    if not len(ids):
+        return ["    (no text)"]
     if tokenizer is None:
         more = f" ... ({len(ids):,} in all)" if len(ids) > _SHOWN_IDS else ""
         return [f"    ids {' '.join(map(str, ids[:_SHOWN_IDS].tolist()))}{more}"]

@@ -123,7 +123,7 @@ def _files_below(folder: Path) -> list[Path]:
 
 def _some(paths: Sequence[Path]) -> str:
     shown = ", ".join(str(path) for path in paths[:3])
-    return f"{len(paths)} files ({shown}{', ...' if paths[3:] else ''})"
+    return f"{len(paths)} ({shown}{', ...' if paths[3:] else ''})"
 
 
 class Documents(NamedTuple):
@@ -266,7 +266,7 @@ def _text_parts(file: TextFile, last_cut: Callable[[bytes], int], cut_at: int) -
                 is_last = len(more) < wanted or offset + len(window) == limit
                 cut = len(window) if is_last else last_cut(window)
                 if cut or is_last:
-                    position = on_disk.tell()
+                    position = _position(on_disk)
                     yield Texts(
                         places=[place],
                         contents=[window[:cut]],
@@ -284,7 +284,7 @@ def _json_lines(file: TextFile, key: str) -> Iterator[JsonLines]:
         while content := stream.read(_BATCH_BYTES):
             if not content.endswith(b"\n"):
                 content += stream.readline()
-            position = on_disk.tell()
+            position = _position(on_disk)
             count = content.count(b"\n")
             if line == 1:
                 content = content.removeprefix(_BYTE_ORDER_MARK)
@@ -450,6 +450,10 @@ def _opened(file: TextFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
             yield io.BufferedReader(_Zstandard(on_disk), _BATCH_BYTES), on_disk
         else:
             yield on_disk, on_disk
+
+
+def _position(on_disk: BinaryIO) -> int:
+    return on_disk.tell() if on_disk.seekable() else 0  # a named pipe
 
 
 def _library_errors(file: TextFile) -> tuple[type[Exception], ...]:

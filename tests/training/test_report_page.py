@@ -19,6 +19,8 @@ from rwkvtune.training.report_data import MAX_POINTS, smoothed
 from rwkvtune.training.report_page import TEMPLATE
 from tests.training.report_runs import SOURCES, loss_at, write_run
 
+HOSTILE = "val_loss/</script <!-- <script b"
+"""A column whose name would end or swallow a script that it stands in."""
 VOID = {"meta", "img", "input", "br", "link"}
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -78,9 +80,8 @@ def test_the_page_is_whole_and_names_no_address(tmp_path: Path) -> None:
 def test_names_and_settings_cannot_become_html_or_script(tmp_path: Path) -> None:
     names = ["<script>alert(1)<", "{{data}} & \"'", "</td>\u2028"]
     settings = "sample_prompt: '</script><img src=x onerror=alert(1)>'\nproj_dir: x\n"
-    sources = ("val_loss/</script><b>",)
     runs = [
-        write_run(tmp_path / name.replace("/", "\u2044"), settings=settings, sources=sources)
+        write_run(tmp_path / name.replace("/", "\u2044"), settings=settings, sources=(HOSTILE,))
         for name in names
     ]
     settings = "sample_prompt: other\n"
@@ -91,7 +92,8 @@ def test_names_and_settings_cannot_become_html_or_script(tmp_path: Path) -> None
     assert [tag for tag, _ in page.tags].count("script") == 2
     assert [tag for tag, _ in page.tags].count("img") == 1
     assert [run["name"] for run in page.data["runs"]] == [run.name for run in runs]
-    assert page.data["panels"][2]["title"] == "Validation loss: </script><b>"
+    assert "<" not in page.texts["script"][0]
+    assert page.data["panels"][2]["title"] == "Validation loss: </script <!-- <script b"
     assert "</script><img src=x onerror=alert(1)>" in page.texts["td"]
     assert {f" {run.name}" for run in runs} <= set(page.texts["th"])
 
@@ -173,8 +175,8 @@ def test_in_a_browser_the_page_draws_reads_out_and_asks_for_nothing(
     width: int, tmp_path: Path
 ) -> None:
     runs = [
-        write_run(tmp_path / "first", sources=SOURCES, layers=3),
-        write_run(tmp_path / "second", steps=20, sources=SOURCES, layers=2),
+        write_run(tmp_path / "first", sources=(SOURCES[0], HOSTILE), layers=3),
+        write_run(tmp_path / "second", steps=20, sources=(SOURCES[0], HOSTILE), layers=2),
     ]
     _, html = write_report(runs, tmp_path / "report")
     html.write_text(html.read_text().replace("</body>", IN_THE_PAGE + "</body>"))
