@@ -87,7 +87,9 @@ def test_the_result_tells_what_the_logs_say(trained: Path) -> None:
     assert opened.get_latest_checkpoint() == str(trained / "out/rwkv-final.pth")
 
 
-def test_epochs_are_passes_over_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_epochs_are_passes_over_the_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # 12 sequences of 10 values and their ends are 132 tokens: 8 windows of 16, in batches of 4.
     result = pipeline(tmp_path).train(DATA, num_epochs=3)
     assert result.steps == 3 * 2 and result.tokens == 3 * 8 * 16
@@ -226,12 +228,10 @@ def test_token_files_that_are_there_already(tmp_path: Path, trained: Path) -> No
     made.use_existing_data(trained / "data" / "train", magic_prime=5, exit_tokens=99)
     assert (made.magic_prime, made.my_exit_tokens) == (5, 99)
     assert made.train(num_epochs=1).steps == 2
-    for arguments, said in (
-        (["absent", 5, 99], "no such file"),
-        ([trained / "data" / "train", 7, 99], "magic_prime=7 does not fit"),
-    ):
-        with pytest.raises(UserError, match=said):
-            made.use_existing_data(*arguments)  # type: ignore[misc]
+    with pytest.raises(UserError, match="no such file"):
+        made.use_existing_data("absent", 5, 99)
+    with pytest.raises(UserError, match="magic_prime=7 does not fit"):
+        made.use_existing_data(trained / "data" / "train", 7, 99)
     small = pipeline(tmp_path / "small", tokenizer=IntegerTokenizer(9))
     with pytest.raises(UserError, match="vocabulary|vocab_size|id"):
         small.use_existing_data(trained / "data" / "train")
@@ -291,7 +291,7 @@ def test_nothing_is_trained_on_nothing(tmp_path: Path) -> None:
     made = pipeline(tmp_path)
     for call in (made.train, made.initialize_model, lambda: made.train_from_checkpoint("x.pth")):
         with pytest.raises(UserError, match="has no data yet"):
-            call()  # type: ignore[operator]
+            call()
     with pytest.raises(UserError, match="holds no run to go on with"):
         made.train(continue_training=True)
     with pytest.raises(UserError, match="num_epochs=0"):
@@ -352,7 +352,8 @@ SCRIPT = """
 from rwkv_trainer import *
 print("SCRIPT BEGINS")
 p = RWKVTrainingPipeline({work!r}, ModelConfig("x070", 1, 32, ctx_len=16, head_size_a=16),
-    TrainingConfig(micro_bsz=2, precision="fp32", devices=2, grad_cp=0), tokenizer=IntegerTokenizer(19))
+    TrainingConfig(micro_bsz=2, precision="fp32", devices=2, grad_cp=0),
+    tokenizer=IntegerTokenizer(19))
 result = p.train([[i % 20 for i in range(10)]] * 12, num_epochs=1)
 print("SCRIPT ENDS", result.steps)
 p.training_config.lr_init = 1.0
