@@ -48,7 +48,7 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
             f"{_FILE_NAME} or a vocabulary file."
         )
     if path.suffix == ".json":
-        return _read_json(path)
+        return tokenizer_from_json(_json_content(path), str(path))
     from rwkvtune.data.tokenizers.vocabulary import (
         VocabularyTokenizer,
         is_world_vocabulary,
@@ -73,6 +73,7 @@ def data_tokenizer_path(prefix: str | os.PathLike[str]) -> Path:
 
 def find_tokenizer(where: str | os.PathLike[str]) -> Tokenizer | None:
     """The tokenizer kept with a run folder, a file in one (a checkpoint), or token files (prefix).
+    None also for one of a user's own class, which the file cannot make again.
 
     Raises UserError when there is one that cannot be read.
     """
@@ -83,7 +84,9 @@ def find_tokenizer(where: str | os.PathLike[str]) -> Tokenizer | None:
         candidates.append(path.parent / _FILE_NAME)
     for candidate in candidates:
         if candidate.is_file():
-            return _read_json(candidate)
+            content = _json_content(candidate)
+            is_custom = isinstance(content, dict) and content.get("kind") == "custom"
+            return None if is_custom else tokenizer_from_json(content, str(candidate))
     return None
 
 
@@ -104,19 +107,30 @@ def tokenizer_from_json(content: Any, where: str) -> Tokenizer:
     if kind == "vocab" and isinstance(content.get("lines"), list):
         from rwkvtune.data.tokenizers.vocabulary import VocabularyTokenizer, parse_vocabulary
 
-        return VocabularyTokenizer(parse_vocabulary(map(str, content["lines"]), where))
+        tokens = parse_vocabulary(map(str, content["lines"]), where)
+        return VocabularyTokenizer(tokens, int(content.get("vocab_size", 0)))
+    if kind == "angles":
+        from rwkvtune.data.tokenizers.integers import AngleTokenizer
+
+        return AngleTokenizer()
+    if kind == "integers" and isinstance(content.get("max_value"), int):
+        from rwkvtune.data.tokenizers.integers import IntegerTokenizer
+
+        return IntegerTokenizer(
+            content["max_value"], padded_vocab_size=int(content.get("vocab_size", 0))
+        )
     raise UserError(
         f'{where}: no tokenizer of ours: expected {{"kind": "bytes"}}, {{"kind": "world"}}, '
-        '{"kind": "chars", "characters": "..."} or {"kind": "vocab", "lines": [...]}, found '
+        '{"kind": "chars", "characters": "..."}, {"kind": "vocab", "lines": [...]} or '
+        '{"kind": "integers", "max_value": ...}, found '
         f"{str(content)[:60]}."
     )
 
 
-def _read_json(path: Path) -> Tokenizer:
+def _json_content(path: Path) -> Any:
     try:
-        content = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except ValueError as error:  # neither JSON nor UTF-8
         raise UserError(
             f"{path}: not a tokenizer file: {error}. Expected JSON with a `kind`."
         ) from None
-    return tokenizer_from_json(content, str(path))

@@ -21,6 +21,7 @@ import numpy as np
 
 from rwkvtune.data.tokenizers.base import END_OF_DOCUMENT, TableTokenizer
 from rwkvtune.errors import MissingFileError, UserError
+from rwkvtune.files import atomic_write
 
 _NO_TOKEN = "\N{REPLACEMENT CHARACTER}".encode()
 
@@ -31,21 +32,22 @@ _LINE = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 
-_MAX_ID = (1 << 24) - 1  # a table, and a model, has a row for each id up to the largest
+MAX_ID = (1 << 24) - 1  # a table, and a model, has a row for each id up to the largest
 _MAX_TOKENS = _MAX_TOKEN_BYTES = 65535  # pyrwkv-tokenizer counts both in 16 bits
 
 
 class VocabularyTokenizer(TableTokenizer):
-    """The tokenizer of a vocabulary file; vocab_size is the largest id + 1.
+    """The tokenizer of a vocabulary file.
 
     tokens: id -> bytes, as read_vocabulary gives them.
+    vocab_size: 0 = the largest id + 1; or more, for models that have more rows.
     """
 
     name = "vocab"
 
-    def __init__(self, tokens: Mapping[int, bytes]) -> None:
+    def __init__(self, tokens: Mapping[int, bytes], vocab_size: int = 0) -> None:
         self.tokens = dict(sorted(tokens.items()))
-        table, self.unused_ids = table_of(self.tokens, max(self.tokens) + 1)
+        table, self.unused_ids = table_of(self.tokens, padded(max(self.tokens) + 1, vocab_size))
         super().__init__(table)
         self._matcher: Matcher | None = None
 
@@ -67,7 +69,8 @@ class VocabularyTokenizer(TableTokenizer):
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.name, "lines": vocabulary_lines(self.tokens)}
+        lines = vocabulary_lines(self.tokens)
+        return {"kind": self.name, "vocab_size": self.vocab_size, "lines": lines}
 
 
 class Matcher:
@@ -182,8 +185,8 @@ def _parse_line(line: str, here: str) -> tuple[int, bytes]:
         )
     id, length = int(parts["id"]), int(parts["length"])
     token = _literal(parts, here)
-    if id > _MAX_ID:
-        raise UserError(f"{here}: id {id} is too large: expected at most {_MAX_ID}.")
+    if id > MAX_ID:
+        raise UserError(f"{here}: id {id} is too large: expected at most {MAX_ID}.")
     if len(token) != length:
         raise UserError(
             f"{here}: {line[:60]!r}: the token has {len(token)} bytes in UTF-8, but the line says "
@@ -215,6 +218,23 @@ def table_of(tokens: Mapping[int, bytes], num_rows: int) -> tuple[list[bytes], l
     """
     unused = [id for id in range(1, num_rows) if id not in tokens]
     return [b"", *(tokens.get(id, _NO_TOKEN) for id in range(1, num_rows))], unused
+
+
+def padded(needed: int, wanted: int) -> int:
+    """Rows of a model: as many as are wanted, 0 = as are needed; UserError for fewer."""
+    if wanted and wanted < needed:
+        raise UserError(
+            f"padded_vocab_size={wanted} is less than the {needed} ids that the vocabulary needs "
+            "(its largest id + 1): give that number or more, or 0"
+        )
+    return wanted or needed
+
+
+def save_vocabulary(tokens: Mapping[int, bytes], path: str | os.PathLike[str]) -> None:
+    """Write a vocabulary file, whole or not at all, with id 0 as other programs expect it."""
+    lines = ["0 b'\\x00' 1", *vocabulary_lines(tokens)]
+    content = "".join(line + "\n" for line in lines).encode()
+    atomic_write(path, lambda file: file.write(content))
 
 
 def vocabulary_lines(tokens: Mapping[int, bytes]) -> list[str]:
