@@ -313,7 +313,8 @@ def test_the_v5_tree_flags_train_every_version(version: str, text: Path, tmp_pat
     flags = [
         "--my_testing", version, "--data_file", str(text), "--proj_dir", str(run),
         "--ctx_len", "32", "--micro_bsz", "1", "--n_layer", "1", "--n_embd", "64",
-        "--epoch_steps", "2", "--epoch_count", "1", "--precision", "fp32", "--threads", "1", "--weight_decay", "0.1",
+        "--epoch_steps", "2", "--epoch_count", "1", "--precision", "fp32", "--threads", "1",
+        "--weight_decay", "0.1",
     ]  # fmt: skip
     assert guarded("published_flags", ["--my_pile_stage", "1", *flags]) == 0
     assert recognise_version(load_weights(run / "rwkv-init.pth")).version == version
