@@ -83,7 +83,7 @@ def memory_estimate(model: ModelConfig, config: TrainConfig) -> int:
 
     Counted per token and layer from what the blocks keep for their backward pass (see the fused
     pieces in kernels/), in the compute type; with grad_cp only block inputs stay. On a CPU it came
-    within 20 % of what five runs used (L4 D256 and D768, bf16 and fp32).
+    within 20 % of what runs of each version used (L4, D256 to D768, bf16 and fp32).
     """
     size = 2 if config.device.precision in ("bf16", "fp16") else 4
     parameters = model.num_parameters
