@@ -1,7 +1,7 @@
 """Text files to token files: tokenize in one or several processes, order the documents, write.
 
 The text is read once and its tokens are kept in a file without a name until everything is done, so
-that memory stays the same whatever the size of the text; only numbers about each document (some 30
+that memory stays the same whatever the size of the text; only numbers about each document (some 60
 bytes) and a few megabytes of text for each process are held.
 """
 
