@@ -308,6 +308,7 @@ def _parquet_rows(file: TextFile, key: str) -> Iterator[Texts]:
         ) from None
     with (
         _reading(file.path, pa.ArrowException),
+        # Fetched before it is asked for, a whole row group would be held.
         pq.ParquetFile(file.path, buffer_size=_BATCH_BYTES, pre_buffer=False) as parquet,
     ):
         kind = _checked_column(parquet.schema_arrow, key, file.path, pa)

@@ -244,14 +244,14 @@ def test_a_disk_that_fills_up_leaves_the_old_pair(
 
 def test_documents_are_written_in_any_order_and_number(tmp_path: Path) -> None:
     documents = [[1, 2], [], [3], [4, 5, 6], [7]]
-    order = [np.array([4, 0, 1, 2]), np.array([3]), np.array([3, 3, 4])]
+    order = [np.array([4, 0, 1, 2]), np.array([3]), np.array([3, 3, 4, 0, 4])]
     with TokenSpool(tmp_path / "x", 70000) as spool:
         spool.add_documents(np.array(sum(documents[:3], []), np.int64), [2, 0, 1])
         spool.add_documents(np.array([4, 5, 6, 7]), np.array([3, 1]))
         atomic_write_together(spool.pair(str(tmp_path / "x"), order))
     data = BinIdx(tmp_path / "x")
-    assert data.tokens.tolist() == [7, 1, 2, 3, 4, 5, 6, 4, 5, 6, 4, 5, 6, 7]
-    assert data.sizes.tolist() == [1, 2, 0, 1, 3, 3, 3, 1]
+    assert data.tokens.tolist() == [7, 1, 2, 3, 4, 5, 6, 4, 5, 6, 4, 5, 6, 7, 1, 2, 7]
+    assert data.sizes.tolist() == [1, 2, 0, 1, 3, 3, 3, 1, 2, 1]
 
 
 def test_nothing_to_write_is_refused(tmp_path: Path) -> None:

@@ -360,8 +360,9 @@ def test_a_build_that_is_stopped_leaves_no_file_and_no_process(
     out = tmp_path / "out"
     command = ["data", "build", str(source), "--output", str(out / "x"), "--tokenizer", "bytes"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "rwkvtune", *command, "--workers", str(workers)], cwd=ROOT
-    )
+        [sys.executable, "-m", "rwkvtune", *command, "--workers", str(workers)],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     with open(source, "wb") as pipe:
         line = json.dumps({"text": "text " * 1000}).encode() + b"\n"
         for _ in range(2000):  # more than a batch for each process, and the pipe's own buffer
@@ -370,7 +371,8 @@ def test_a_build_that_is_stopped_leaves_no_file_and_no_process(
         children = children_of(process.pid)
         code = None
         while code is None:  # Python sleeps over a signal that comes just before it reads a pipe
-            process.send_signal(number)
+            # Ctrl-C in a terminal reaches the children too.
+            (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
             with suppress(subprocess.TimeoutExpired):
                 code = process.wait(timeout=2)
     assert code == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
@@ -380,6 +382,10 @@ def test_a_build_that_is_stopped_leaves_no_file_and_no_process(
         assert time.monotonic() < deadline, "a child is still there"
         time.sleep(0.05)
     assert (len(children) >= workers) if workers else not children
+    assert process.stderr is not None
+    told = process.stderr.read()
+    if number != signal.SIGKILL:
+        assert told == ("stopped\n" if number == signal.SIGINT else "")
 
 
 def children_of(pid: int) -> list[int]:

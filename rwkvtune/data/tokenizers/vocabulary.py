@@ -59,7 +59,8 @@ class VocabularyTokenizer(TableTokenizer):
         ids.frombytes(self._id_of_number.take(numbers).tobytes())
 
     def _lossy(self, encoded: bytes, decoded: bytes) -> UserError:
-        assert encoded.startswith(decoded), "the matcher stops where no token fits"
+        if not encoded.startswith(decoded):
+            return super()._lossy(encoded, decoded)
         position = len(decoded)
         around = encoded[max(position - 20, 0) : position + 20].decode(errors="replace")
         return UserError(

@@ -146,6 +146,21 @@ def test_a_byte_that_no_token_fits_is_named_with_its_place() -> None:
         tokenizer.encode_documents(["a", "ac", "b"])
 
 
+def test_a_wrong_token_that_differs_only_in_its_last_byte_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from pyrwkv_tokenizer import RWKVTokenizer
+
+    for length in (7, 8, 9, 16, 17, 40):
+        right, wrong = b"b" * length, b"b" * (length - 1) + b"c"
+        tokenizer = VocabularyTokenizer({1: right, 2: wrong})
+        with monkeypatch.context() as patched:
+            patched.setattr(RWKVTokenizer, "encode", lambda self, text: [2])
+            with pytest.raises(UserError, match="does not give this text back"):
+                tokenizer.encode(right.decode())
+        assert tokenizer.encode((right + wrong).decode()) == [1, 2]
+
+
 def test_it_is_kept_beside_data_and_found_again(vocabulary_file: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(vocabulary_file)
     (tmp_path / "x.tokenizer.json").write_bytes(as_json(tokenizer))
