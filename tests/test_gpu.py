@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from rwkvtune.data.build import build_token_files
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
+from rwkvtune.kernels.wkv5 import wkv5
+from rwkvtune.kernels.wkv6 import wkv6
 from rwkvtune.kernels.wkv7 import wkv7
 from rwkvtune.models import build_model, config_from_state_dict
 from rwkvtune.training.config import TrainConfig
@@ -46,9 +50,43 @@ def test_wkv7_on_the_gpu_follows_the_golden_fp64_run(
         assert error < tolerance
 
 
-def test_the_model_on_the_gpu_has_the_golden_logits_loss_and_gradients(golden: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-3), (torch.float16, 4e-3)]
+)
+@pytest.mark.parametrize("door", [wkv5, wkv6])
+def test_wkv5_and_wkv6_on_the_gpu_follow_the_golden_fp64_run(
+    golden: Path, door: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, tolerance: float
+) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    content = load_file(golden / "x070-small.safetensors")
+    file = load_file(golden / "wkv56-ops.safetensors")
+    prefix = door.__name__ + "."
+    content = {n.removeprefix(prefix): x.double() for n, x in file.items() if n.startswith(prefix)}
+    exact = [content[n] for n in ("r", "k", "v", "w", "u")]
+    exact = [x.to(dtype).double().requires_grad_() for x in exact[:3]] + [
+        x.requires_grad_() for x in exact[3:]
+    ]
+    state, dy = content["s0.state_in"], content["gy"].to(dtype).double()
+    y, _ = door(*exact, state, backend="reference")
+    y.backward(dy)
+    types = [dtype] * 3 + [torch.float32] * 2
+    ours = [x.detach().to("cuda", t).requires_grad_() for x, t in zip(exact, types, strict=True)]
+    found, _ = door(*ours, state.float().cuda())
+    found.backward(dy.to("cuda", dtype))
+    for tensor, truth in [
+        (found, y),
+        *((x.grad, e.grad) for x, e in zip(ours, exact, strict=True)),
+    ]:
+        assert tensor is not None and truth is not None
+        error = (tensor.detach().double().cpu() - truth.detach()).norm() / truth.detach().norm()
+        assert error < tolerance
+
+
+@pytest.mark.parametrize("version", ["x052", "x060", "x070"])
+def test_the_model_on_the_gpu_has_the_golden_logits_loss_and_gradients(
+    golden: Path, version: str
+) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    content = load_file(golden / f"{version}-small.safetensors")
     weights = {n[2:]: w.float() for n, w in content.items() if n.startswith("w.")}
     model = build_model(config_from_state_dict(weights))
     model.load_state_dict(weights)

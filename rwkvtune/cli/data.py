@@ -39,7 +39,7 @@ ORDER_HELP = """Order, in this sequence:
      each further one: the same bytes as from RWKV-LM's make_data after random.seed(N).
 
 Each document is checked to decode back to its own bytes. Memory does not grow with the text, save
-some 30 bytes a document; a line of .jsonl and a row of Parquet are held whole. The folder of PREFIX
+some 60 bytes a document; a line of .jsonl and a row of Parquet are held whole. The folder of PREFIX
 needs room for the tokens twice. All files appear together at the end or, when anything fails or is
 interrupted, none; older files of these names are replaced only then."""
 

@@ -1,7 +1,7 @@
 """Text files to token files: tokenize in one or several processes, order the documents, write.
 
 The text is read once and its tokens are kept in a file without a name until everything is done, so
-that memory stays the same whatever the size of the text; only numbers about each document (some 30
+that memory stays the same whatever the size of the text; only numbers about each document (some 60
 bytes) and a few megabytes of text for each process are held.
 """
 
@@ -116,7 +116,7 @@ def build_token_files(
     val_share: float = 0.0,
     seed: int | None = None,
     n_epoch: int = 1,
-    workers: int | None = None,
+    workers: int | None = 1,
     text_key: str = "text",
     on_progress: Callable[[Progress], object] = lambda progress: None,
 ) -> Built:
@@ -133,7 +133,8 @@ def build_token_files(
     more for each epoch, as RWKV-LM's make_data does after random.seed(seed).
     n_epoch: how often each training document is written, one epoch after the other.
     workers: processes that tokenize; 0 or 1: this one does; None: one for each core where the input
-    is large enough.
+    is large enough. They import the calling script: its work belongs under `if __name__ ==
+    "__main__"`.
     text_key: field of JSON and column of Parquet with the text.
     """
     _check(val_share, seed, n_epoch, workers)

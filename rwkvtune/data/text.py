@@ -308,7 +308,7 @@ def _parquet_rows(file: TextFile, key: str) -> Iterator[Texts]:
         ) from None
     with (
         _reading(file.path, pa.ArrowException),
-        pq.ParquetFile(file.path, buffer_size=_BATCH_BYTES) as parquet,
+        pq.ParquetFile(file.path, buffer_size=_BATCH_BYTES, pre_buffer=False) as parquet,
     ):
         kind = _checked_column(parquet.schema_arrow, key, file.path, pa)
         groups = [parquet.metadata.row_group(i) for i in range(parquet.metadata.num_row_groups)]

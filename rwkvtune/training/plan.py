@@ -84,8 +84,8 @@ def memory_estimate(model: ModelConfig, config: TrainConfig, device_type: str) -
     Activations are counted per token and layer from what the blocks keep for their backward pass
     (see the fused pieces in kernels/), in the compute type; with grad_cp only block inputs stay. On
     a CPU the heap holds more than is alive: freed blocks are kept (see training/memory.py), and
-    aligned ones fit each other badly. What it comes to was fitted to 17 runs with 2 to 24 layers;
-    benchmarks/run.py compares it with runs of other sizes.
+    aligned ones fit each other badly. What it comes to was fitted to 17 runs of x070 with 2 to 24
+    layers; benchmarks/run.py compares it with runs of other sizes.
     """
     is_half = config.device.precision in ("bf16", "fp16")
     size = 2 if is_half else 4

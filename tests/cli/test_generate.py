@@ -251,7 +251,7 @@ REFUSALS: dict[str, tuple[list[Any], str]] = {
     "empty folder": (["empty"], "empty is no run folder"),
     "text": (["text.txt"], "text.txt is not a weights file"),
     "no RWKV": (["other.pth"], "other.pth: these weights are no RWKV"),
-    "older": (["x060.pth"], "x060.pth: these weights are RWKV-6 x060"),
+    "older": (["x060a.pth"], "x060a.pth: these weights are RWKV-6 x060a"),
     "resume state": (
         ["run/resume/step-00000001/state.safetensors"], "is a resume state, not a weights file: "
         "give its run folder, run",
@@ -271,8 +271,8 @@ def files(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (files / "empty").mkdir()
     (files / "text.txt").write_text("hello")
     save_weights(files / "other.pth", {"layer.weight": torch.zeros(2, 2)})
-    names = ["time_maa_x", "time_faaaa"]
-    save_weights(files / "x060.pth", {f"blocks.0.att.{n}": torch.zeros(1) for n in names})
+    names = ["time_maa_x", "time_faaaa", "gate_w1"]
+    save_weights(files / "x060a.pth", {f"blocks.0.att.{n}": torch.zeros(1) for n in names})
     save_model(files / "bare.pth", 100)
     shutil.copytree(folder, files / "run")
     state = files / "run" / "resume" / "step-00000001"
