@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Train on the headings of simulated flocks and compare forecasts."
     )
     parser.add_argument("--work_dir", default="out/vicsek")
-    parser.add_argument("--flocks", type=int, default=96, help="simulated to train on")
+    parser.add_argument("--flocks", type=int, default=64, help="simulated to train on")
     parser.add_argument("--steps", type=int, default=64, help="headings of each particle")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--n_embd", type=int, default=64)
