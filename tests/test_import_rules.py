@@ -59,7 +59,7 @@ ONLY_IN = {
     "transformers": r"(models/(vision|alternating)/.*|training/alternating)\.py",
     "peft": r"adapters/.*\.py",
     "bitsandbytes": r"adapters/.*\.py",
-    "argparse": r"cli/.*\.py",
+    "argparse": r"(cli/.*|pipeline/vicsek)\.py",
     "jsonargparse": r"(cli/.*|training/config)\.py",
 }
 
@@ -72,7 +72,7 @@ NEEDED_BY_HELP = r"(errors|files|weights_header|training/config|cli/.*|configs/.
 HEAVY = {"torch", "lightning_fabric", "transformers", "matplotlib", "sympy", "triton"}
 
 DOORS = ("train.py", "world_train.py", "train_alternating.py", "convert_chat_json_to_jsonl.py")
-DOOR_TARGETS = r"rwkvtune\.(cli(\..*)?|pipeline|demo)"
+DOOR_TARGETS = r"rwkvtune\.(cli(\..*)?|pipeline(\..*)?|demo)"
 
 
 @dataclass(frozen=True)

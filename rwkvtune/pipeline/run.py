@@ -10,7 +10,9 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from rwkvtune.data.binidx import BinIdx
 from rwkvtune.data.sampler import PublishedOrder
@@ -25,6 +27,7 @@ from rwkvtune.data.sequences import (
 from rwkvtune.data.tokenizers import END_OF_DOCUMENT, Tokenizer, tokenizer_from_json
 from rwkvtune.data.tokenizers.custom import save_vocab
 from rwkvtune.data.tokenizers.generic import GenericTokenizer
+from rwkvtune.data.tokenizers.integers import IntegerTokenizer
 from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.files import atomic_write
 from rwkvtune.pipeline.checkpoints import (
@@ -49,9 +52,6 @@ from rwkvtune.pipeline.training import (
 )
 from rwkvtune.training.config import TrainConfig
 from rwkvtune.weights_header import newest_weights, numbered_weights
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 @dataclass
@@ -386,6 +386,36 @@ class RWKVTrainingPipeline:
         if is_text:
             return self.tokenizer.decode(made)
         return self.tokenizer.decode_sequence(made)  # type: ignore[attr-defined]
+
+    def next_value_probabilities(
+        self, sequences: Any, *, checkpoint_path: str | os.PathLike[str] | None = None
+    ) -> np.ndarray:
+        """[rows, length, max_value + 1] fp32: at each position, how likely each value is to come
+        next, given the values up to there.
+
+        sequences: [rows, length] whole numbers, for a tokenizer of whole numbers.
+        """
+        import torch
+
+        found = sequences_of(sequences)
+        found.check_fits(self.tokenizer)
+        lengths = {len(row) for row in found.rows}
+        if not isinstance(self.tokenizer, IntegerTokenizer) or found.cut_from or len(lengths) > 1:
+            raise UserError(
+                "next_value_probabilities takes rows of one length, [rows, length], and a "
+                f"tokenizer of whole numbers; given were {np.shape(sequences)} and the tokenizer "
+                f"{self.tokenizer.name}"
+            )
+        model = self._load(checkpoint_path)
+        ids = torch.from_numpy(np.pad(np.stack(found.rows).astype(np.int64) + 1, ((0, 0), (1, 0))))
+        parts = []
+        with torch.no_grad():
+            for rows in ids.split(self.training_config.micro_bsz):
+                logits, _ = model(rows.to(next(model.parameters()).device))
+                of_values = logits[:, 1:, 1 : self.tokenizer.max_value + 2].float()
+                parts.append(of_values.softmax(-1).cpu())
+        probabilities: np.ndarray = torch.cat(parts).numpy()
+        return probabilities
 
     def evaluate(
         self, data: Any = None, *, checkpoint_path: str | os.PathLike[str] | None = None

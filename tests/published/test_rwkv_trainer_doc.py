@@ -180,9 +180,6 @@ pipeline.train(num_epochs=100)
 """
 
 
-needs_x060 = pytest.mark.skipif("x060" not in CONFIGS, reason="x060 is not trained yet")
-
-
 def run(example: str, **names: Any) -> dict[str, Any]:
     """Run an example in the current folder; the names that it leaves."""
     for printed, smaller in SMALLER.items():
@@ -222,7 +219,6 @@ PUBLISHED_FILES = {
 }  # fmt: skip
 
 
-@needs_x060
 def test_quick_start_1_trains_on_an_array_and_a_new_object_continues(folder: Path) -> None:
     names = run(QUICK_START_1)
     assert files("experiment") >= PUBLISHED_FILES
@@ -240,7 +236,6 @@ def test_quick_start_1_trains_on_an_array_and_a_new_object_continues(folder: Pat
     assert "out/rwkv-1.pth" in files("experiment")
 
 
-@needs_x060
 def test_quick_start_2_trains_on_lines() -> None:
     run(QUICK_START_2)
     assert files("experiment") >= PUBLISHED_FILES
@@ -252,7 +247,6 @@ def test_quick_start_3_makes_a_vocabulary() -> None:
     assert Path("custom_vocab.txt").read_text().splitlines()[0] == "0 b'\\x00' 1"
 
 
-@needs_x060
 @pytest.mark.parametrize("example", [QUICK_START_4, ADVANCED_1])
 def test_weights_from_elsewhere_are_trained_on(example: str, pretrained: Path) -> None:
     pipeline = run(example)["pipeline"]
@@ -262,7 +256,6 @@ def test_weights_from_elsewhere_are_trained_on(example: str, pretrained: Path) -
     assert config["model"]["n_layer"] == 2
 
 
-@needs_x060
 def test_settings_of_model_and_training_are_overridden(pretrained: Path) -> None:
     pipeline = RWKVTrainingPipeline(work_dir="./my_experiment")
     pipeline.prepare_data_from_jsonl("your_data.jsonl")
@@ -270,7 +263,6 @@ def test_settings_of_model_and_training_are_overridden(pretrained: Path) -> None
     assert (pipeline.model_config.ctx_len, pipeline.training_config.lr_init) == (512, 1e-4)
 
 
-@needs_x060
 def test_a_checkpoint_is_inspected(pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     info = run(ADVANCED_3, pipeline=RWKVTrainingPipeline("x"))["info"]
     published = {"n_layer": 2, "n_embd": 64, "vocab_size": 400, "model_type": "x060"}
@@ -284,7 +276,6 @@ def test_a_checkpoint_is_inspected(pretrained: Path, capsys: pytest.CaptureFixtu
     )
 
 
-@needs_x060
 def test_step_by_step(folder: Path) -> None:
     data = np.random.default_rng(0).integers(0, 360, size=(12, 100))
     run(STEP_BY_STEP, data=data, RWKVTrainingPipeline=RWKVTrainingPipeline)
