@@ -29,9 +29,11 @@ lint: $(READY) ## ruff (rules and formatting) and mypy
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m mypy
 
-bench: $(READY) ## measure speed on this machine's CPU: training step and recurrence
+bench: $(READY) ## measure on this CPU: steps, recurrence, whole runs, generation
 	$(VENV_PYTHON) -m benchmarks.train_step
 	$(VENV_PYTHON) -m benchmarks.wkv
+	$(VENV_PYTHON) -m benchmarks.run
+	$(VENV_PYTHON) -m benchmarks.generate
 
 gpu-check: ## GPU tests and benchmarks in one go, JSON into OUT=dir; without a GPU says so
 	@$(ANY_PYTHON) -m benchmarks.gpu_check --out "$(OUT)"

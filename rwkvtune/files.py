@@ -17,8 +17,8 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Literal
@@ -42,25 +42,59 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     anything fails, `path` is as it was and the temporary file is gone. A full disk or a place that
     cannot be written is a UserError.
     """
-    path = Path(path)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    with _refusals_explained(path):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "a folder has that name")
-        _make_folder(path.parent)
-        file = open(temporary, "wb")  # noqa: SIM115 (closed below)
+    atomic_write_together({Path(path): write})
+
+
+def atomic_write_together(writes: Mapping[Path, Callable[[BinaryIO], object]]) -> None:
+    """The same for several files that belong together: written in the given order, and none gets
+    its name before all are on the disk.
+
+    The old files of these names stay until then. They go just before the new ones get their names,
+    the last first, and the new ones come in the given order: a crash in that moment can leave a
+    part of the files, but never old ones beside new ones.
+    """
+    staged: list[tuple[Path, Path]] = []
     try:
-        with _full_disk_explained(path):
-            with file:
-                _try_lock(file.fileno())
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _fsync_folder(path.parent)
+        with ExitStack() as still_open:  # and so locked, as long as another is being written
+            for path, write in writes.items():
+                temporary, file = _open_temporary(path)
+                staged.append((temporary, path))
+                still_open.enter_context(_full_disk_explained(path))
+                still_open.enter_context(file)
+                with _full_disk_explained(path):
+                    _try_lock(file.fileno())
+                    write(file)
+                    file.flush()
+                    os.fsync(file.fileno())
+        try:
+            _give_names(staged)
+        except (KeyboardInterrupt, SystemExit):  # the old files may be gone by now
+            _give_names(staged)
+            raise
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for temporary, _ in staged:
+            temporary.unlink(missing_ok=True)
         raise
+
+
+def _give_names(staged: list[tuple[Path, Path]]) -> None:
+    """Rename what still has its temporary name, as atomic_write_together promises."""
+    waiting = [(temporary, path) for temporary, path in staged if temporary.exists()]
+    if len(staged) > 1:
+        for _, path in reversed(waiting):
+            path.unlink(missing_ok=True)
+    for temporary, path in waiting:
+        os.replace(temporary, path)
+    for folder in {path.parent for _, path in staged}:
+        _fsync_folder(folder)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """UserError now where `atomic_write` to `path` would be refused after long work. Missing parent
+    folders are made."""
+    temporary, file = _open_temporary(Path(path))
+    file.close()
+    temporary.unlink()
 
 
 @contextmanager
@@ -206,6 +240,16 @@ class RunFolderLock:
         self.release()
 
 
+def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file, open, that can be renamed to `path`; UserError when there may be none."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    with _refusals_explained(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "a folder has that name")
+        _make_folder(path.parent)
+        return temporary, open(temporary, "wb")
+
+
 def _try_lock(fd: int) -> Literal["taken", "held", "no locks"]:
     """Lock an open file or folder until it is closed, without waiting; "held": by somebody else."""
     if sys.platform == "win32":
@@ -297,6 +341,8 @@ def _full_disk_explained(path: Path) -> Iterator[None]:
     handled_before = sys.exc_info()[1]  # also at the end of the chain, but not our failure
     try:
         yield
+    except UserError:  # explained by what was called inside
+        raise
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and cause is not handled_before:

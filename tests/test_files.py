@@ -16,6 +16,8 @@ from rwkvtune.files import (
     RunFolderLock,
     atomic_directory,
     atomic_write,
+    atomic_write_together,
+    check_writable,
     remove_directory,
     remove_leftovers,
 )
@@ -62,6 +64,70 @@ def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path
         atomic_write(target, write)
     assert target.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file.bin"]
+
+
+def test_files_that_belong_together_appear_only_when_all_are_written(tmp_path: Path) -> None:
+    a, b, c = (tmp_path / name for name in "abc")
+    a.write_bytes(b"old a")
+    b.write_bytes(b"old b")
+
+    def fail(file: BinaryIO) -> None:
+        assert (a.read_bytes(), b.read_bytes()) == (b"old a", b"old b")
+        raise KeyError("the second writer's own mistake")
+
+    with pytest.raises(KeyError, match="second writer"):
+        atomic_write_together({a: lambda file: file.write(b"a"), b: fail})
+    assert (a.read_bytes(), b.read_bytes()) == (b"old a", b"old b")
+    atomic_write_together(
+        {a: lambda f: f.write(b"a"), b: lambda f: f.write(b"b"), c: lambda f: f.write(b"c")}
+    )
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": b"a", "b": b"b", "c": b"c"}
+
+
+@posix_only
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_between_two_names_never_leaves_an_old_file_beside_a_new_one(
+    tmp_path: Path, renames: int
+) -> None:
+    code = """
+import os, signal, sys
+from pathlib import Path
+from rwkvtune.files import atomic_write_together
+a, b = map(Path, sys.argv[1:3])
+left, replace = [int(sys.argv[3])], os.replace
+def replace_or_die(*names):
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    replace(*names)
+os.replace = replace_or_die
+print("ready", flush=True)
+atomic_write_together({a: lambda f: f.write(b"new"), b: lambda f: f.write(b"new")})
+"""
+    paths = [tmp_path / "x.bin", tmp_path / "x.idx"]
+    for path in paths:
+        path.write_bytes(b"old")
+    start(code, *paths, renames).wait(timeout=60)
+    assert [path.read_bytes() for path in paths if path.exists()] == [b"new"] * renames
+
+
+def test_a_stop_between_two_names_loses_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_bytes(b"old")
+    b.write_bytes(b"old")
+    real_replace = os.replace
+
+    def stopped(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "replace", real_replace)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        atomic_write_together({a: lambda f: f.write(b"new"), b: lambda f: f.write(b"new")})
+    assert (a.read_bytes(), b.read_bytes()) == (b"new", b"new")
+    assert sorted(tmp_path.iterdir()) == [a, b]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
@@ -138,6 +204,12 @@ def test_a_place_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> No
     for place in places:
         with pytest.raises(UserError, match=re.escape(str(place))):
             atomic_write(place, lambda file: file.write(b"x"))
+        with pytest.raises(UserError, match=re.escape(str(place))):
+            check_writable(place)
+    (tmp_path / "old").write_text("old")
+    check_writable(tmp_path / "old")
+    assert (tmp_path / "old").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["file", "old"]
     for place in [tmp_path / "file" / "below", tmp_path / "file"]:
         with (
             pytest.raises(UserError, match=re.escape(str(place))),

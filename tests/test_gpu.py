@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rwkvtune.data.text import build_from_text
+from rwkvtune.data.build import build_token_files
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
 from rwkvtune.kernels.wkv5 import wkv5
 from rwkvtune.kernels.wkv6 import wkv6
@@ -108,7 +108,7 @@ def test_a_run_on_the_gpu_learns_and_goes_on_where_it_stopped(
     tmp_path: Path, precision: str
 ) -> None:
     text = Path(__file__).parent.parent / "rwkvtune" / "demo" / "tinyshakespeare.txt"
-    build_from_text(text, tmp_path / "text", "chars", val_share=0.1)
+    build_token_files(text, tmp_path / "text", "chars", val_share=0.1)
 
     def run(tokens: int) -> None:
         settings = {

@@ -21,7 +21,7 @@ EVERYONE_MAY_USE = {"errors", "files"}
 
 # Packages that are not listed for a room are refused; None = any package, save those in ONLY_IN.
 TORCH_NUMPY = {"torch", "numpy"}
-DATA_PACKAGES = TORCH_NUMPY | {"PIL", "sympy", "zstandard", "jinja2", "yaml"}
+DATA_PACKAGES = TORCH_NUMPY | {"PIL", "sympy", "zstandard", "pyarrow", "jinja2", "yaml"}
 LIBRARY = {"kernels", "weights_header", "checkpoint", "data/tokenizers", "data", "models"}
 LIBRARY |= {"adapters", "configs"}
 ACTIVITIES = {"inference", "training", "evaluation", "export"}
@@ -64,7 +64,7 @@ ONLY_IN = {
 }
 
 PUBLISHED_SPELLINGS = ("my_testing", "head_size_a", "my_exit_tokens", "my_pile_stage")
-MAY_SPELL_AS_PUBLISHED = ("cli/published_flags.py", "pipeline.py")
+MAY_SPELL_AS_PUBLISHED = ("cli/published_flags.py", "pipeline/")
 MAY_READ_ENVIRONMENT = r"(kernels/dispatch|cli/.*)\.py"
 
 # `rwkvtune --help` runs these before anything else; torch alone would cost seconds.
@@ -173,7 +173,7 @@ def import_violations(source: str, path: str) -> list[str]:
 def word_violations(source: str, path: str) -> list[str]:
     """Published spellings and environment reads outside their places."""
     found = []
-    if path not in MAY_SPELL_AS_PUBLISHED:
+    if not path.startswith(MAY_SPELL_AS_PUBLISHED):
         for word in PUBLISHED_SPELLINGS:
             if re.search(rf"\b{word}\b", source):
                 found.append(f"{path}: {word} belongs in {' or '.join(MAY_SPELL_AS_PUBLISHED)}")

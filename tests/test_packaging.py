@@ -58,9 +58,11 @@ def test_the_installed_command_points_to_the_command_line() -> None:
 def test_an_installed_wheel_has_all_files_and_answers_help(tmp_path: Path) -> None:
     # Copied, because a build leaves folders in its source. setuptools came with torch.
     source, site = tmp_path / "source", tmp_path / "site"
-    shutil.copytree(
-        ROOT / "rwkvtune", source / "rwkvtune", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    packages = ("rwkvtune", "rwkv_trainer")
+    for package in packages:
+        shutil.copytree(
+            ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
@@ -70,7 +72,8 @@ def test_an_installed_wheel_has_all_files_and_answers_help(tmp_path: Path) -> No
     (wheel,) = tmp_path.glob("*.whl")
     subprocess.run([*pip, "install", *offline, "--target", str(site), str(wheel)], check=True)
 
-    there = {p.relative_to(source) for p in (source / "rwkvtune").rglob("*") if p.is_file()}
+    files = [path for package in packages for path in (source / package).rglob("*")]
+    there = {path.relative_to(source) for path in files if path.is_file()}
     assert Path("rwkvtune/demo/recipe.yaml") in there
     assert {p for p in there if not (site / p).is_file()} == set()
 
@@ -83,6 +86,8 @@ def test_an_installed_wheel_has_all_files_and_answers_help(tmp_path: Path) -> No
     assert str(site) in installed("-c", "import rwkvtune; print(rwkvtune.__file__)")
     assert "train a small RWKV-7" in installed("-m", "rwkvtune", "--help")
     assert "--exit_tokens" in installed("-m", "rwkvtune", "train", "--help")
+    assert "--my_pile_stage" in installed(str(site / "bin" / "rwkv-train"), "--help")
+    assert installed("-c", "import rwkv_trainer as t; print(t.ModelConfig().n_layer)") == "3\n"
 
 
 def test_constraints_pin_every_direct_dependency_for_each_python() -> None:

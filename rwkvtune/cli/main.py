@@ -14,7 +14,11 @@ from typing import Any
 from rwkvtune.errors import UserError, report
 
 COMMANDS = {
+    "data": "make token files from text, or look into them (rwkvtune data --help)",
     "demo": "train a small RWKV-7 on a bundled text, on the CPU, in minutes",
+    "generate": "let a model write, from a prompt or from nothing",
+    "inspect": "tell what a weights file or a run folder holds",
+    "report": "draw one or several runs side by side into a picture and an HTML page",
     "train": "pretrain a language model, or go on with a run (rwkvtune train --help)",
 }
 """Each is a module of this folder with a `main(argv) -> exit code`, loaded only when called."""
@@ -72,6 +76,11 @@ def guarded(name: str, args: list[str]) -> int:
 def run_door(name: str) -> int:
     """What a published program in the root folder calls: the module of this folder of that name."""
     return guarded(name, sys.argv[1:])
+
+
+def rwkv_train() -> int:
+    """The command rwkv-train: the same as `python train.py`."""
+    return run_door("published_flags")
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -48,12 +48,12 @@ DEFAULTS: dict[str, Any] = {
     "grad_cp": False,
     "accelerator": "gpu",
     "devices": 1,
-    "version": "x070",
 }
 """RWKV-LM's defaults of settings that have its names, where they matter or differ from ours."""
-V5_DEFAULTS: dict[str, Any] = {"adam_eps": 1e-8, "version": "x052"}
-FRESH_SIZES = {"n_layer": 6, "n_embd": 512}
-"""RWKV-LM's sizes of a model that comes from no file."""
+V5_DEFAULTS: dict[str, Any] = {"adam_eps": 1e-8}
+FRESH_MODEL: dict[str, Any] = {"version": "x070", "n_layer": 6, "n_embd": 512}
+"""RWKV-LM's model where it comes from no file."""
+V5_FRESH_MODEL = FRESH_MODEL | {"version": "x052"}
 EPOCHS_WITHOUT_STAGE = {"epoch_steps": 1000, "epoch_count": 500}
 """The v5 tree's at my_pile_stage 0, where no mini-epochs of 40320 windows are made."""
 SEED_WHEN_UNSEEDED = TrainConfig().output.random_seed
@@ -408,8 +408,8 @@ def _set_stage(
     folder = Path(settings["proj_dir"])
     from_file = settings["load_model"] or (stage != 1 and any(folder.glob("rwkv-*.pth")))
     if not from_file:
-        for name, size in FRESH_SIZES.items():
-            settings[name] = settings[name] or size
+        for name, value in (V5_FRESH_MODEL if v5 else FRESH_MODEL).items():
+            settings[name] = settings[name] or value
 
 
 def _stage_in_words(stage: int, family: Family) -> str:

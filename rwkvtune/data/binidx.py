@@ -9,11 +9,11 @@ write one item per document, as RWKV-LM's make_data does: m = n + 1.
 from __future__ import annotations
 
 import os
-import shutil
 import struct
 import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 
 from rwkvtune.errors import MissingFileError, UserError
-from rwkvtune.files import atomic_write
+from rwkvtune.files import atomic_write_together
 
 _HEADER = struct.Struct("<9sQBQQ")
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -29,7 +29,8 @@ _VERSION = 1
 _DTYPES: dict[int, np.dtype] = {8: np.dtype("<u2"), 4: np.dtype("<i4")}
 _UINT16_IDS = 65536
 _SCAN_BLOCK = 1 << 24  # tokens looked at together: some 30 to 60 MB
-_MAX_ITEM_TOKENS = 2**31 - 1  # sizes are int32
+_COPIED_TOGETHER = 1 << 16  # documents looked at together while writing
+_MAX_DOCUMENT_TOKENS = 2**31 - 1  # sizes are int32
 
 _MAKE_AGAIN = "Copy both files again, or make them again from their text."
 
@@ -112,16 +113,20 @@ class BinIdx:
         return np.asarray(np.memmap(self.bin_path, self.dtype, mode="r"))
 
 
-class BinIdxWriter:
-    """Writes a pair of token files, one item per document.
+class TokenSpool:
+    """Documents on their way into token files, in a file without a name, of which not even kill -9
+    leaves anything.
 
-        with BinIdxWriter("data/x", vocab_size=65536) as writer:
-            writer.add_document(ids)
+        with TokenSpool("data/x", vocab_size=65536) as spool:
+            spool.add_document(ids)
+            atomic_write_together(spool.pair("data/x"))
 
-    Both files get their names when the block ends without an error; until then nothing is there,
-    whatever happens. Ids are stored as uint16, or as int32 when vocab_size is above 65536. The
-    writer adds no end-of-document token.
+    prefix: of the files that it is for; it lies in their folder. Ids are stored as uint16, or as
+    int32 when vocab_size is above 65536. No end-of-document token is added.
     """
+
+    sizes: array[int]
+    """Tokens of each document, int32."""
 
     def __init__(self, prefix: str | os.PathLike[str], vocab_size: int) -> None:
         if not 1 <= vocab_size <= 2**31:
@@ -130,17 +135,16 @@ class BinIdxWriter:
             )
         self.prefix = binidx_prefix(prefix)
         self.vocab_size = vocab_size
-        self._code = 8 if vocab_size <= _UINT16_IDS else 4
-        self._dtype = _DTYPES[self._code]
-        self._sizes = array("i")
-        self._spool: BinaryIO | None = None
+        self.sizes = array("i")
+        self.dtype = token_dtype(vocab_size)
+        self._unfinished = False
+        self._file: BinaryIO | None = None
 
-    def __enter__(self) -> BinIdxWriter:
+    def __enter__(self) -> TokenSpool:
         folder = Path(self.prefix).parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # It has no name, so that not even kill -9 leaves it behind.
-            self._spool = tempfile.TemporaryFile(dir=folder)
+            self._file = tempfile.TemporaryFile(dir=folder)
         except OSError as error:
             raise UserError(
                 f"cannot write into {folder}: {error.strerror}. Choose a folder in which this user "
@@ -148,32 +152,118 @@ class BinIdxWriter:
             ) from error
         return self
 
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            with suppress(OSError):  # of a full disk, which was told when it was written to
+                self._file.close()
+
     def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
         """Append one document; UserError, with its place, for an id beyond the vocabulary."""
-        assert self._spool is not None, "BinIdxWriter is used in a with block"
-        document = np.asarray(ids, dtype=np.int64 if len(ids) == 0 else None)
-        assert document.ndim == 1 and document.dtype.kind in "iu", (document.shape, document.dtype)
-        if len(document) and (document.min() < 0 or document.max() >= self.vocab_size):
-            position = int(np.argmax((document < 0) | (document >= self.vocab_size)))
+        self.add_documents(np.asarray(ids, np.int64 if len(ids) == 0 else None), [len(ids)])
+
+    def add_documents(
+        self, ids: np.ndarray, sizes: Sequence[int] | np.ndarray, *, unfinished: bool = False
+    ) -> None:
+        """Append several: their ids one after the other, and how many belong to each.
+
+        unfinished: the last goes on with the first of the next call.
+        """
+        assert self._file is not None, "used in a with block"
+        assert ids.ndim == 1 and ids.dtype.kind in "iu" and len(ids) == np.sum(sizes), ids.dtype
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            position = int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
+            ends = np.cumsum(sizes)
+            number = int(np.searchsorted(ends, position, side="right"))
+            position_in_it = position - int(ends[number] - sizes[number])
             raise UserError(
-                f"document {len(self._sizes)}, token {position}: id {document[position]} is not in "
-                f"the vocabulary of {self.vocab_size} ids for {self.prefix}.bin. Give the "
-                "vocab_size of the tokenizer that made the ids."
+                f"document {len(self.sizes) + number}, token {position_in_it}: "
+                f"id {ids[position]} is not in the vocabulary of {self.vocab_size} ids for "
+                f"{self.prefix}.bin. Give the vocab_size of the tokenizer that made the ids."
             )
-        if len(document) > _MAX_ITEM_TOKENS:
+        added = np.array(sizes, np.int64)
+        if self._unfinished:
+            added[0] += self.sizes[-1]
+        if len(added) and added.max() > _MAX_DOCUMENT_TOKENS:
             raise UserError(
-                f"document {len(self._sizes)} has {len(document)} tokens; the index of "
-                f"{self.prefix} can hold {_MAX_ITEM_TOKENS} per document. Split it."
+                f"document {len(self.sizes)} or one after it has {added.max()} tokens or more; the "
+                f"index of {self.prefix} can hold {_MAX_DOCUMENT_TOKENS} per document. Split it."
             )
         try:
-            self._spool.write(document.astype(self._dtype).tobytes())
+            self._file.write(ids.astype(self.dtype, copy=False).tobytes())
         except OSError as error:
             raise UserError(
                 f"cannot write {self.prefix}.bin: {error.strerror}. Nothing was changed: make room "
                 "or choose another folder (twice the size of the finished file is needed for a "
                 "moment)."
             ) from error
-        self._sizes.append(len(document))
+        if self._unfinished:
+            self.sizes.pop()
+        self.sizes.frombytes(added.astype("i").tobytes())
+        self._unfinished = unfinished
+
+    def pair(
+        self, prefix: str, order: Iterable[np.ndarray] | None = None
+    ) -> dict[Path, Callable[[BinaryIO], object]]:
+        """What atomic_write_together needs to write PREFIX.bin and PREFIX.idx.
+
+        order: numbers of the documents, int64 arrays to be written one after the other, where a
+        number may come any number of times; None: all, in the order in which they were added.
+        """
+        written = array("i")
+        arrays = [np.arange(len(self.sizes))] if order is None else order
+
+        def write_tokens(file: BinaryIO) -> None:
+            for documents in arrays:
+                self._copy(documents, file)
+                written.frombytes(np.frombuffer(self.sizes, "i").take(documents).tobytes())
+
+        def write_index(file: BinaryIO) -> None:
+            _write_index(file, self.dtype, np.frombuffer(written, "i"))
+
+        return {Path(f"{prefix}.bin"): write_tokens, Path(f"{prefix}.idx"): write_index}
+
+    def _copy(self, documents: np.ndarray, file: BinaryIO) -> None:
+        """Write the tokens of these documents."""
+        assert self._file is not None
+        self._file.flush()
+        all_sizes = np.frombuffer(self.sizes, "i")
+        all_ends = np.cumsum(all_sizes, dtype=np.int64)
+        # Not mapped into memory: pages of a mapped file count as memory of the process.
+        with open(self._file.fileno(), "rb", buffering=0, closefd=False) as spool:
+            for i in range(0, len(documents), _COPIED_TOGETHER):
+                block = documents[i : i + _COPIED_TOGETHER]
+                ends = all_ends.take(block)
+                begins = ends - all_sizes.take(block)
+                is_first = np.append(True, begins[1:] != ends[:-1])  # of neighbours, read at once
+                is_last = np.append(is_first[1:], True)
+                for begin, end in zip(begins[is_first], ends[is_last], strict=True):
+                    spool.seek(int(begin) * self.dtype.itemsize)
+                    left = int(end - begin) * self.dtype.itemsize
+                    while left:
+                        part = spool.read(min(left, 1 << 20))
+                        assert part, "the spool ends before its last document"
+                        file.write(part)
+                        left -= len(part)
+
+
+class BinIdxWriter(TokenSpool):
+    """Writes a pair of token files, one item per document.
+
+        with BinIdxWriter("data/x", vocab_size=65536) as writer:
+            writer.add_document(ids)
+
+    Both files get their names when the block ends without an error; until then nothing is there,
+    whatever happens.
+    """
+
+    def __enter__(self) -> BinIdxWriter:
+        super().__enter__()
+        return self
 
     def __exit__(
         self,
@@ -181,36 +271,40 @@ class BinIdxWriter:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        assert self._spool is not None
-        with self._spool as spool:
+        try:
             if kind is None:
-                self._finish(spool)
+                self._finish()
+        finally:
+            super().__exit__(kind, value, traceback)
 
-    def _finish(self, spool: BinaryIO) -> None:
-        sizes = np.asarray(self._sizes, dtype="<i4")
-        if not sizes.sum(dtype=np.int64):
+    def _finish(self) -> None:
+        if not any(self.sizes):
             raise UserError(
-                f"no tokens to write into {self.prefix}.bin: all {len(sizes)} documents are empty."
+                f"no tokens to write into {self.prefix}.bin: all {len(self.sizes)} documents are "
+                "empty."
             )
-        ends = np.cumsum(sizes, dtype=np.int64) * self._dtype.itemsize
-        pointers = np.concatenate(([0], ends[:-1])).astype("<i8")
-        doc_index = np.arange(len(sizes) + 1, dtype="<i8")
+        atomic_write_together(self.pair(self.prefix))
 
-        def write_index(file: BinaryIO) -> None:
-            file.write(_HEADER.pack(_MAGIC, _VERSION, self._code, len(sizes), len(doc_index)))
-            for part in (sizes, pointers, doc_index):
-                file.write(part.tobytes())
 
-        def write_tokens(file: BinaryIO) -> None:
-            spool.seek(0)
-            shutil.copyfileobj(spool, file, 1 << 20)
-            file.flush()
-            # From here to the end a crash leaves a .bin without index, which nobody takes for a
-            # pair; a new .bin with the old index could be.
-            Path(self.prefix + ".idx").unlink(missing_ok=True)
+def token_dtype(vocab_size: int) -> np.dtype:
+    """How ids of such a vocabulary are stored."""
+    return _DTYPES[8 if vocab_size <= _UINT16_IDS else 4]
 
-        atomic_write(self.prefix + ".bin", write_tokens)
-        atomic_write(self.prefix + ".idx", write_index)
+
+def _write_index(file: BinaryIO, dtype: np.dtype, sizes: np.ndarray) -> None:
+    """The whole index, from the int32 sizes of items that are one document each."""
+    code = next(code for code, known in _DTYPES.items() if known == dtype)
+    file.write(_HEADER.pack(_MAGIC, _VERSION, code, len(sizes), len(sizes) + 1))
+    file.write(sizes.astype("<i4").tobytes())
+    begin = 0
+    for i in range(0, len(sizes), _COPIED_TOGETHER):
+        block = sizes[i : i + _COPIED_TOGETHER].astype(np.int64)
+        ends = begin + np.cumsum(block)
+        file.write(((ends - block) * dtype.itemsize).astype("<i8").tobytes())
+        begin = int(ends[-1])
+    for i in range(0, len(sizes) + 1, _COPIED_TOGETHER):
+        end = min(i + _COPIED_TOGETHER, len(sizes) + 1)
+        file.write(np.arange(i, end, dtype="<i8").tobytes())
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:

@@ -1,6 +1,6 @@
 """From the bundled text to a trained model, a picture and a sample.
 
-Uses nothing that a user's own run could not: data.text, the training loop with recipe.yaml beside
+Uses nothing that a user's own run could not: data.build, the training loop with recipe.yaml beside
 this file, and inference. Run again, it goes on where it was stopped, or shows what it reached.
 """
 
@@ -36,12 +36,12 @@ def run_demo(folder: Path) -> int:
 def _data(folder: Path) -> dict[str, str]:
     """Token files of the bundled text, one character a token, the last tenth for validation; made
     once."""
-    from rwkvtune.data.text import build_from_text
+    from rwkvtune.data.build import build_token_files
 
     prefix = folder / "data" / "shakespeare"
     paths = {"data_file": str(prefix), "val_data_file": f"{prefix}_val"}
     if not all(Path(f"{p}.{end}").exists() for p in paths.values() for end in ("bin", "idx")):
-        build_from_text(TEXT, prefix, "chars", val_share=0.1)
+        build_token_files(TEXT, prefix, "chars", val_share=0.1)
     return paths
 
 
@@ -87,6 +87,7 @@ def _show(folder: Path) -> None:
 
 Next:
   look at       {folder / "loss_curve.png"}, {folder / "metrics.csv"}, {folder / "train_log.txt"}
+  see it drawn  {python} -m rwkvtune report {folder}
   train longer  {python} -m rwkvtune train --config {folder / "config.yaml"} --exit_tokens 4000000
   use it        {python} -c "import rwkvtune; model = rwkvtune.load('{weights}')"
   your own text README.md, "Train on your own text"

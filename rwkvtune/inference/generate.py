@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from rwkvtune.data.tokenizers.base import END_OF_DOCUMENT, Tokenizer
 from rwkvtune.errors import UserError
-from rwkvtune.inference.sampling import check_settings, sample
+from rwkvtune.inference.sampling import sample
+from rwkvtune.inference.settings import check_settings
 
 PROMPT_CHUNK = 1024
 """Tokens of a prompt that the model reads at once: memory stays the same for any prompt."""
@@ -31,6 +33,7 @@ def generate(
     frequency_penalty: float = 0.0,
     seed: int | None = None,
     stop_ids: Collection[int] = (),
+    banned_ids: Collection[int] = (),
     state: Any = None,
 ) -> Iterator[int]:
     """Give the tokens that follow a prompt, each as soon as it is chosen.
@@ -40,12 +43,19 @@ def generate(
     temperature, top_k, top_p, penalties: see `sample`; the penalties count generated tokens only.
     seed: repeats the choice on one kind of device; None draws from torch's global generator.
     stop_ids: tokens that end the text and are not given out.
+    banned_ids: tokens that are never chosen, such as those that stand for no text.
     The model runs in eval mode without gradients; between two tokens it is as it was before.
     UserError, at the call, for settings or prompt ids that make no sense.
     """
-    check_settings(temperature, top_k, top_p, presence_penalty, frequency_penalty)
-    if max_tokens < 0:
-        raise UserError(f"max_tokens is {max_tokens}: give 0 or more")
+    check_settings(
+        temperature,
+        top_k,
+        top_p,
+        presence_penalty,
+        frequency_penalty,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
     prompt = list(prompt_ids) or [END_OF_DOCUMENT]
     vocab_size: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
@@ -65,6 +75,7 @@ def generate(
         "frequency_penalty": frequency_penalty,
         "generator": generator,
     }
+    banned = torch.tensor(sorted(banned_ids), dtype=torch.long, device=device)
     counts = None
     if presence_penalty or frequency_penalty:
         counts = torch.zeros(1, vocab_size, device=device)
@@ -73,6 +84,7 @@ def generate(
         carried, ids = state, prompt
         for _ in range(max_tokens):
             logits, carried = _read(model, torch.tensor([ids], device=device), carried)
+            logits = logits.index_fill(1, banned, -math.inf) if len(banned) else logits
             id = int(sample(logits, counts=counts, **settings))  # type: ignore[arg-type]
             if id in stop_ids:
                 return
@@ -84,17 +96,43 @@ def generate(
     return tokens()
 
 
-def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+def stream_text(
+    tokenizer: Tokenizer, ids: Iterable[int], *, errors: str = "replace"
+) -> Iterator[str]:
     """Give the text of tokens as they come, a character only when all of its bytes are there.
 
-    Bytes that are not UTF-8, and half a character at the end, become U+FFFD.
+    errors: what bytes that are not UTF-8, and half a character at the end, become: "replace" =
+    U+FFFD, "surrogateescape" = what encodes to the same bytes again.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder = codecs.getincrementaldecoder("utf-8")(errors=errors)
     for id in ids:
         if text := decoder.decode(tokenizer.decode_bytes([id])):
             yield text
     if text := decoder.decode(b"", final=True):
         yield text
+
+
+def until(pieces: Iterable[str], stops: Collection[str]) -> Iterator[str]:
+    """Give the pieces of a text up to the first of the stop texts, which is left out.
+
+    What may be the beginning of a stop is held back until the next pieces decide. Once a stop is
+    complete no further piece is asked for.
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [held.index(stop) for stop in stops if stop in held]
+        if found:
+            held = held[: min(found)]
+            break
+        begun = max(
+            (n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0
+        )
+        if ready := held[: len(held) - begun]:
+            yield ready
+        held = held[len(held) - begun :]
+    if held:
+        yield held
 
 
 @contextmanager

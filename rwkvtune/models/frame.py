@@ -127,6 +127,13 @@ class LanguageModel(nn.Module):
         return out, new_state
 
     @torch.no_grad()
+    def decay_of_layers(self) -> list[Tensor]:
+        """Per block the share of its state that each channel keeps from one token to the next by
+        what is learned alone, that is without what the token adds to it: fp32, in (0, 1)."""
+        learned = [p for name, p in self.named_parameters() if name.endswith("att.time_decay")]
+        return [torch.exp(-torch.exp(decay.float())) for decay in learned]
+
+    @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Set every parameter to its published initial value, random ones from `generator`."""
         for name, parameter in self.named_parameters():

@@ -17,6 +17,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from rwkvtune.errors import UserError
 
 Version = Literal["x052", "x060", "x070"]
+FRESH_VERSION: Version = "x070"
+"""Of a fresh model when nothing says which."""
 Order = Literal["published", "shuffled", "random"]
 LrSchedule = Literal[
     "cosine", "linear", "exponential", "constant", "wsd", "wsd_cosine", "cosine_exponential_mean"
@@ -194,6 +196,8 @@ class OutputOptions:
     """Type of the tensors in rwkv-*.pth; resume states are always fp32."""
     log_every: int = 10
     """Steps per line of metrics.csv and of the console."""
+    log_layers: bool = True
+    """Also log gradient norms and decays of each block, every log_every steps, to layers.csv."""
     val_every: int = 0
     """Validate every so many steps; 0 = at the end of each mini-epoch."""
     val_windows: int = 0
@@ -335,6 +339,7 @@ MAY_CHANGE_AT_RESUME = frozenset(
         *("epoch_count", "exit_tokens", "micro_bsz", "accumulate_grad_batches"),
         *("accelerator", "devices", "num_nodes", "strategy"),
         *("epoch_save", "save_every", "keep_last", "log_every", "val_every", "sample_every"),
+        "log_layers",
         *("tensorboard", "wandb", "resume", "proj_dir", "epoch_samples", "restart_warmup_steps"),
     }
 )

@@ -248,11 +248,12 @@ def _prepare(config: TrainConfig, world_size: int, device: torch.device, notes: 
 def _write_initial_weights(config: TrainConfig, job: _Job, rows: Sequence[tuple[str, str]]) -> None:
     """rwkv-init.pth and the tokenizer, and nothing else."""
     folder, start = Path(config.output.proj_dir), job.start
+    memory = PeakMemory("cpu")
     log = RunLog(folder, total_steps=0)
     for note in job.notes:
         log.line(note)
     of_weights = ("model", "parameters", "start", "data", "run folder")
-    log.table([*rows, *(row for row in _table(config, job) if row[0] in of_weights)])
+    log.table([*rows, *(row for row in _table(config, job, memory) if row[0] in of_weights)])
     with RunFolderLock(folder):
         weights = _build_model(config, start).state_dict()
         save_weights(folder / "rwkv-init.pth", weights, dtype=config.output.save_dtype)
@@ -302,13 +303,15 @@ def _run(
         try:
             for note in job.notes:
                 log.line(note)
-            log.table([*rows, *_table(config, job)])
+            log.table([*rows, *_table(config, job, memory)])
             stopped = fit(
                 fabric, state, recipe, plan, job.schedule, config.optimizer, config.output, log
             )
             if (used := memory.used()) is not None:
-                estimate = memory_estimate(start.model_config, config)
-                log.line(f"memory used {_gigabytes(used)}, estimated {_gigabytes(estimate)}")
+                log.line(
+                    f"memory used {used / 1e9:.2f} GB, estimated "
+                    f"{_memory_estimate(config, job, memory) / 1e9:.2f} GB"
+                )
         finally:
             log.close()
         if is_zero:
@@ -438,11 +441,11 @@ def make_schedule(config: TrainConfig, plan: Plan, *, restart_step: int) -> Sche
     )
 
 
-def _table(config: TrainConfig, job: _Job) -> list[tuple[str, str]]:
+def _table(config: TrainConfig, job: _Job, memory: PeakMemory) -> list[tuple[str, str]]:
     """What the run prints at its start."""
+    estimate = _memory_estimate(config, job, memory) / 1e9
     plan, start, data = job.plan, job.start, job.data
     m, d = start.model_config, config.device
-    memory = _gigabytes(memory_estimate(m, config))
     return [
         (
             "model",
@@ -464,15 +467,17 @@ def _table(config: TrainConfig, job: _Job) -> list[tuple[str, str]]:
             f"{start.progress.step:,}",
         ),
         ("passes over data", data.passes_in_words(plan.total_steps * plan.global_bsz)),
-        ("memory", f"about {memory} per device (estimate)"),
+        ("memory", f"about {estimate:.2f} GB per device (estimate)"),
         ("kernel", f"{m.kernel} {job.kernel.backend} ({job.kernel.reason})"),
         ("precision", f"{d.precision}, {torch.get_num_threads()} CPU threads"),
         ("run folder", config.output.proj_dir),
     ]
 
 
-def _gigabytes(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.2f} GB"
+def _memory_estimate(config: TrainConfig, job: _Job, memory: PeakMemory) -> int:
+    """Bytes of one process, or of one GPU."""
+    added = memory_estimate(job.start.model_config, config, memory.device_type)
+    return memory.before + added
 
 
 def _model_settings(model: ModelConfig) -> dict[str, Any]:

@@ -17,8 +17,9 @@ import math
 import re
 import sys
 import time
+from array import array
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
@@ -41,6 +42,14 @@ METRICS_NEED = ("step", "loss")
 
 PER_SOURCE = "val_loss/"
 """How the columns begin that a run with several sources of validation data adds behind val_loss."""
+
+LAYER_COLUMNS = (
+    "step", "layer", "att_grad_norm", "ffn_grad_norm", "decay_min", "decay_mean", "decay_max",
+)  # fmt: skip
+"""Columns of layers.csv: a row per block of each step on the cadence. Norms before clipping; what
+they and the decays are is said by `layer_stats.layer_statistics`."""
+
+LAYERS_NEED = ("step", "layer")
 
 Row = Mapping[str, float | None]
 """Values of one step by column name; "step" is always there, other columns may be missing."""
@@ -97,6 +106,8 @@ class RunLog:
             self._trackers.append(Wandb(self.folder, wandb_project))
         self._validated: dict[str, float | None] = {}
         self._val_loss: float | None = None
+        self._losses: list[float] = []
+        """Since the latest line of the console."""
         self._times: deque[tuple[int, float]] = deque(maxlen=SPEED_OVER_STEPS + 1)
 
     def start(
@@ -117,19 +128,44 @@ class RunLog:
         self._metrics = StepTable(
             self.folder / "metrics.csv", self.columns, needed=METRICS_NEED, last_step=step
         )
+        self._layers: StepTable | None = None
+        if (self.folder / "layers.csv").exists():
+            self._layers = self._layer_table(last_step=step)
         self._train_log = TrainLogFile(self.folder / "train_log.txt", next_epoch=epoch)
         self._train_log.begin_run(timestamp, arguments)
+        for tracker in self._trackers:
+            if isinstance(tracker, Wandb):
+                tracker.replay(self._logged_so_far())
         self._times.append((step, time.monotonic()))
 
     def is_logged(self, step: int) -> bool:
         """True when `step(row)` would write the row of this step; others need no loss value."""
         if not self.is_active:
             return False
-        on_cadence = step % self.log_every == 0 or step >= self.total_steps
-        return on_cadence or self._validated.get("step") == step
+        return self.is_on_cadence(step) or self._validated.get("step") == step
+
+    def is_on_cadence(self, step: int) -> bool:
+        """True, on every rank alike, for each log_every-th step and the last one."""
+        return step % self.log_every == 0 or step >= self.total_steps
+
+    def layers(self, step: int, blocks: Sequence[Row]) -> None:
+        """Report what each block did in `step`, first to last: columns of LAYER_COLUMNS but step
+        and layer. Call it before `step` of that number."""
+        if not self.is_active or not blocks:
+            return
+        if self._layers is None:
+            self._layers = self._layer_table(last_step=step)
+        rows = [{"step": step, "layer": layer, **block} for layer, block in enumerate(blocks)]
+        self._layers.append(*rows)
+        for tracker in self._trackers:
+            tracker.record({"step": step, **_by_layer(blocks)})
 
     def step(self, row: Row) -> None:
-        """Report an optimizer step, together with a validation of the same step."""
+        """Report an optimizer step, together with a validation of the same step.
+
+        The files get the loss of this step, the console the mean over the steps since its last
+        line: one step's loss is mostly noise.
+        """
         if not self.is_active:
             return
         step = int(row["step"] or 0)
@@ -139,9 +175,14 @@ class RunLog:
         self._times.append((step, time.monotonic()))
         if is_logged:
             self._record(row)
+        if (loss := row.get("loss")) is not None:
+            self._losses.append(loss)
+            row = {**row, "loss": sum(self._losses) / len(self._losses)}
         self._console.progress(
             step, self.total_steps, self._fields(row), self._time_left(step), is_logged
         )
+        if is_logged:
+            self._losses.clear()
 
     def validation(self, row: Row) -> None:
         """Report step, val_loss, val_perplexity, val_bits_per_byte, extra columns; call it before
@@ -200,6 +241,27 @@ class RunLog:
         while self._trackers:
             self._trackers.pop().close()
 
+    def _layer_table(self, *, last_step: int) -> StepTable:
+        path = self.folder / "layers.csv"
+        return StepTable(path, LAYER_COLUMNS, needed=LAYERS_NEED, last_step=last_step)
+
+    def _logged_so_far(self) -> list[Row]:
+        """What trackers have been given up to here, one row per step, read from the files."""
+        by_step: dict[float, dict[str, float | None]] = {}
+        blocks: dict[float, list[Row]] = {}
+        for name, needed in (("metrics.csv", METRICS_NEED), ("layers.csv", LAYERS_NEED)):
+            for row in read_table(self.folder / name, needed=needed):
+                there = {k: v for k, v in row.values.items() if not math.isnan(v)}
+                step = there.pop("step")
+                if "layer" in there:
+                    del there["layer"]
+                    blocks.setdefault(step, []).append(there)
+                else:
+                    by_step.setdefault(step, {"step": step}).update(there)
+        for step, rows in blocks.items():
+            by_step.setdefault(step, {"step": step}).update(_by_layer(rows))
+        return [by_step[step] for step in sorted(by_step)]
+
     def _record(self, row: Row) -> None:
         self._metrics.append(row)
         for tracker in self._trackers:
@@ -227,7 +289,7 @@ class RunLog:
         ]
         texts = [form.format(value) for form, value in fields if value is not None]
         if (speed := row.get("tokens_per_s")) is not None:
-            texts.append(f"{_short_number(speed)} tokens/s")
+            texts.append(f"{short_number(speed)} tokens/s")
         return "  ".join(texts)
 
 
@@ -242,7 +304,10 @@ class StepTable:
     def __init__(
         self, path: Path, columns: Sequence[str], *, needed: Sequence[str], last_step: int
     ) -> None:
-        rows = read_table(path, needed=needed)
+        try:
+            rows = read_table(path, needed=needed)
+        except UserError as error:
+            raise UserError(f"{error}. Move the file away or choose another folder") from error
         known_before = rows[0].text if rows else {}
         self.path = path
         self.columns = (*columns, *(name for name in known_before if name not in columns))
@@ -254,10 +319,14 @@ class StepTable:
         if not path.exists() or path.read_bytes() != content:
             atomic_write(path, lambda file: file.write(content))
 
-    def append(self, row: Row) -> None:
-        unknown = set(row) - set(self.columns)
-        assert not unknown, f"{self.path.name} has no columns {unknown}"
-        _append(self.path, _csv_line([_csv_value(name, row.get(name)) for name in self.columns]))
+    def append(self, *rows: Row) -> None:
+        """Add rows in one write."""
+        lines = []
+        for row in rows:
+            unknown = set(row) - set(self.columns)
+            assert not unknown, f"{self.path.name} has no columns {unknown}"
+            lines.append(_csv_line([_csv_value(name, row.get(name)) for name in self.columns]))
+        _append(self.path, "".join(lines))
 
 
 class TrainLogFile:
@@ -312,29 +381,58 @@ def read_table(path: str | Path, *, needed: Sequence[str]) -> list[TableRow]:
     A row that was cut short or damaged is left out. UserError when the header lacks a column of
     `needed`.
     """
-    path = Path(path)
+    header, rows = _whole_rows(Path(path), needed)
+    return [
+        TableRow(dict(zip(header, values, strict=True)), dict(zip(header, cells, strict=True)))
+        for cells, values in rows
+    ]
+
+
+def read_columns(path: str | Path, *, needed: Sequence[str]) -> dict[str, array[float]]:
+    """The same as `read_table` by columns, for files of a million rows: 8 bytes a cell, nan where
+    it is empty."""
+    header, rows = _whole_rows(Path(path), needed)
+    columns = [array("d") for _ in header]
+    for _, values in rows:
+        for column, value in zip(columns, values, strict=True):
+            column.append(value)
+    return dict(zip(header, columns, strict=True))
+
+
+def _whole_rows(
+    path: Path, needed: Sequence[str]
+) -> tuple[list[str], Iterator[tuple[list[str], list[float]]]]:
+    """(names of the columns, cells and values of each row that is whole)."""
     if not path.exists():
-        return []
-    lines = path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True)
-    lines = [line for line in lines if line.endswith("\n")]
+        return [], iter(())
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    lines = content.decode("utf-8", "replace").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
     header = lines[0].strip().split(",") if lines else []
     if lines and not set(needed) <= set(header):
         raise UserError(
             f"{path} holds no training metrics: its first line has to name the columns "
-            f"{' and '.join(needed)}, it is {lines[0].strip()[:80]!r}. Move the file away or "
-            "choose another folder."
+            f"{' and '.join(needed)}, it is {lines[0].strip()[:80]!r}"
         )
-    rows = []
-    for line in lines[1:]:
+    return header, _parsed(header, lines[1:])
+
+
+def _parsed(header: list[str], lines: list[str]) -> Iterator[tuple[list[str], list[float]]]:
+    step = header.index("step") if lines else 0
+    for line in lines:
         cells = line.strip().split(",")
-        text = dict(zip(header, cells, strict=False))
+        if len(cells) != len(header):
+            continue
         try:
-            values = {name: float(cell) if cell else math.nan for name, cell in text.items()}
+            values = [float(cell) if cell else math.nan for cell in cells]
         except ValueError:
             continue
-        if len(cells) == len(header) and math.isfinite(values["step"]):
-            rows.append(TableRow(values, text))
-    return rows
+        if math.isfinite(values[step]):
+            yield cells, values
 
 
 class Console:
@@ -383,7 +481,7 @@ class Console:
         self, step: int, total: int, fields: str, seconds_left: float, is_logged: bool
     ) -> None:
         count = f"step {step:>{len(str(total))}}/{total}"
-        time_left = f"time left {_duration(seconds_left)}"
+        time_left = f"time left {duration(seconds_left)}"
         if not self._rich:
             if is_logged:
                 self.line("  ".join(part for part in (count, fields, time_left) if part))
@@ -453,7 +551,11 @@ class TensorBoard:
 
 
 class Wandb:
-    """A wandb run with the published names: loss, lr, wd, Gtokens, kt/s; ours are added to them."""
+    """A wandb run with the published names: loss, lr, wd, Gtokens, kt/s; ours are added to them.
+
+    Each start is a run of its own in one group: wandb cannot go on with an offline run, and one
+    that is killed loses its latest rows. So `replay` first gives it all that was logged before.
+    """
 
     PUBLISHED = {"weight_decay": "wd", "tokens": "Gtokens", "tokens_per_s": "kt/s"}
     UNITS = {"tokens": 1e9, "tokens_per_s": 1e3}
@@ -472,6 +574,7 @@ class Wandb:
             self._run = self._wandb.init(
                 project=self.project,
                 name=name,
+                group=str(self.folder),
                 config=dict(arguments),
                 dir=self.folder,
                 settings=settings,
@@ -482,6 +585,10 @@ class Wandb:
                 f"wandb cannot start: {reason}. Log in with `wandb login`, set WANDB_MODE=offline "
                 "to log without a network, or leave --wandb out."
             ) from error
+
+    def replay(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            self.record(row)
 
     def record(self, row: Row) -> None:
         values = {
@@ -530,11 +637,23 @@ def _csv_value(name: str, value: float | None) -> str:
     """Losses, rates and norms keep every digit, so that two runs can be compared exactly."""
     if value is None:
         return ""
-    if name in ("step", "epoch", "tokens"):
+    if name in ("step", "epoch", "tokens", "layer"):
         return str(int(value))
     if name in ("tokens_per_s", "seconds"):
         return f"{value:.3f}"
+    if name in LAYER_COLUMNS:  # many rows, and nobody compares them to the last bit
+        return f"{value:.6g}"
     return repr(float(value))
+
+
+def _by_layer(blocks: Sequence[Row]) -> dict[str, float | None]:
+    """One flat mapping of names such as layers/03/att_grad_norm, which sort by depth."""
+    width = max(2, len(str(len(blocks) - 1)))
+    return {
+        f"layers/{layer:0{width}}/{name}": value
+        for layer, block in enumerate(blocks)
+        for name, value in block.items()
+    }
 
 
 def _exp(x: float) -> float:
@@ -542,7 +661,7 @@ def _exp(x: float) -> float:
     return math.exp(x) if x < 709 else x * math.inf
 
 
-def _short_number(value: float) -> str:
+def short_number(value: float) -> str:
     """24100 -> 24.1k."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
@@ -550,7 +669,7 @@ def _short_number(value: float) -> str:
     return f"{value:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """92 -> 1:32, 3723 -> 1:02:03, two days and more -> 2d 01:02:03."""
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)

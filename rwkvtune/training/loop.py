@@ -20,6 +20,7 @@ from rwkvtune.data.batch import Batch
 from rwkvtune.errors import UserError
 from rwkvtune.training.config import OptimizerOptions, OutputOptions
 from rwkvtune.training.fabric import whole
+from rwkvtune.training.layer_stats import layer_statistics
 from rwkvtune.training.log import RunLog
 from rwkvtune.training.optim import set_hyperparameters
 from rwkvtune.training.plan import Plan
@@ -109,6 +110,9 @@ def fit(
                 loss_here += loss_sum.detach()
             if _scales_its_loss(fabric):
                 fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
+            layers = []
+            if output.log_layers and log.is_on_cadence(progress.step + 1):
+                layers = layer_statistics(fabric, model)  # before clipping changes the gradients
             norm = clip_gradients(trained, optimizer_options.grad_clip)
             loss, stop_votes = _over_ranks(fabric, loss_here, stop.requested is not None)
             loss /= max(targets, 1)
@@ -137,6 +141,7 @@ def fit(
                 measured = recipe.validate(model)
                 if measured:
                     log.validation({"step": progress.step, **measured})
+            log.layers(progress.step, layers)
             log.step(
                 {
                     "step": progress.step,

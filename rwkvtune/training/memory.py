@@ -30,31 +30,33 @@ def keep_freed_memory() -> None:
 
 
 class PeakMemory:
-    """The most memory that a process has used beyond what it had when this was made.
+    """The most memory that this process uses.
 
-    On a GPU, what torch has allocated there. On Linux CPUs, the process's peak without the pages of
-    mapped files, which are the data on the disk and can be dropped at any time.
+    On a GPU, what torch has allocated there. On Linux, the process's peak; of files that are mapped
+    into it only those that were when this was made, which are libraries: the pages of token files
+    can be dropped at any time.
     """
 
     def __init__(self, device_type: str) -> None:
         self.device_type = device_type
         if device_type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self._before = _kilobytes("RssAnon")
+        self._files_before = _bytes_of("RssFile")
+        self.before = 0 if device_type == "cuda" else _bytes_of("VmRSS")
+        """Bytes that were in use when this was made; 0 where the system does not tell."""
 
     def used(self) -> int | None:
         """Bytes; None where the system does not tell."""
         if self.device_type == "cuda":
             return torch.cuda.max_memory_allocated()
-        peak, mapped = _kilobytes("VmHWM"), _kilobytes("RssFile")
-        if self._before is None or peak is None or mapped is None:
+        if not self.before:
             return None
-        return (peak - mapped - self._before) * 1024
+        return _bytes_of("VmHWM") - _bytes_of("RssFile") + self._files_before
 
 
-def _kilobytes(name: str) -> int | None:
-    """A line of Linux's account of this process."""
+def _bytes_of(name: str) -> int:
+    """A line of Linux's account of this process; 0 elsewhere."""
     status = Path("/proc/self/status")
     text = status.read_text() if status.exists() else ""
     found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found[1]) if found else None
+    return int(found[1]) * 1024 if found else 0

@@ -77,23 +77,31 @@ KEPT_PER_BLOCK = {"x052": 17, "x060": 26, "x070": 28}
 """Tensors of the width of the model that a block keeps for its backward pass, per token."""
 
 
-def memory_estimate(model: ModelConfig, config: TrainConfig) -> int:
-    """Bytes of one device while it trains, roughly: weights, gradients, Adam's moments and
-    activations, nothing sharded.
+def memory_estimate(model: ModelConfig, config: TrainConfig, device_type: str) -> int:
+    """Bytes that training adds to one device: weights, gradients, Adam's moments and activations,
+    nothing sharded.
 
-    Counted per token and layer from what the blocks keep for their backward pass (see the fused
-    pieces in kernels/), in the compute type; with grad_cp only block inputs stay. On a CPU it came
-    within 20 % of what runs of each version used (L4, D256 to D768, bf16 and fp32).
+    Activations are counted per token and layer from what the blocks keep for their backward pass
+    (see the fused pieces in kernels/), in the compute type; with grad_cp only block inputs stay. On
+    a CPU the heap holds more than is alive: freed blocks are kept (see training/memory.py), and
+    aligned ones fit each other badly. What it comes to was fitted to 17 runs with 2 to 24 layers;
+    benchmarks/run.py compares it with runs of other sizes.
     """
-    size = 2 if config.device.precision in ("bf16", "fp16") else 4
-    parameters = model.num_parameters
-    fixed = parameters * 16 + (parameters * size if size == 2 else 0)
-    C, tokens = model.n_embd, config.schedule.micro_bsz * config.data.ctx_len
+    is_half = config.device.precision in ("bf16", "fp16")
+    size = 2 if is_half else 4
+    L, C = model.n_layer, model.n_embd
+    tokens = config.schedule.micro_bsz * config.data.ctx_len
     widths = KEPT_PER_BLOCK[model.version] * C + 2 * model.dim_ffn
-    block = tokens * (widths * size + 2 * C * 4)
     residual = tokens * C * 4 * 2
-    kept = residual if config.device.grad_cp else block
-    blocks = kept * model.n_layer + block  # one more for what a block's backward makes
+    block = tokens * (widths * size + 2 * C * 4)
     rows = config.optimizer.head_chunk or max(1, LOGITS_IN_MEMORY // model.vocab_size)
     head = min(rows, tokens) * model.vocab_size * size + model.vocab_size * C * 4
-    return fixed + blocks + head
+    weights = model.num_parameters * 16
+    on_cpu, grad_cp = device_type == "cpu", config.device.grad_cp
+    if grad_cp:
+        blocks = (2.6 + (0.1 if is_half else 0.35) * L) if on_cpu else 2.0
+    elif on_cpu:
+        blocks = 1.5 + 1.33 * L if is_half else 1.0 + 1.15 * L
+    else:
+        blocks = 1.0 + L
+    return int(weights + head + blocks * block + (residual * L if grad_cp else 0))

@@ -23,7 +23,7 @@ from rwkvtune.models import (
     config_from_state_dict,
     fill_model,
 )
-from rwkvtune.training.config import ModelOptions, TrainConfig
+from rwkvtune.training.config import FRESH_VERSION, ModelOptions, TrainConfig
 from rwkvtune.training.run_state import Progress
 from rwkvtune.weights_header import numbered_weights
 
@@ -204,7 +204,7 @@ def _disagreements(flags: ModelOptions, found: ModelConfig, source: str) -> list
 
 
 def _fresh_config(flags: ModelOptions, tokenizer: Tokenizer | None) -> ModelConfig:
-    version = flags.version or "x070"
+    version = flags.version or FRESH_VERSION
     defaults = {
         "n_layer": 12,
         "n_embd": 768,

@@ -60,4 +60,4 @@ def test_an_unknown_command_is_one_line_with_the_nearest(
     assert main(["trian"]) == 2
     assert capsys.readouterr().err == "error: unknown command 'trian': did you mean train?\n"
     assert main(["xyzzy"]) == 2
-    assert "there are demo, train" in capsys.readouterr().err
+    assert f"there are {', '.join(COMMANDS)}" in capsys.readouterr().err

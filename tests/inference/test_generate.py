@@ -14,7 +14,7 @@ from torch import Tensor
 from rwkvtune.data.tokenizers import ByteTokenizer
 from rwkvtune.errors import UserError
 from rwkvtune.inference import generate as module
-from rwkvtune.inference.generate import generate, stream_text
+from rwkvtune.inference.generate import generate, stream_text, until
 from rwkvtune.models import RWKV7Config, build_model
 from rwkvtune.models.rwkv7.model import RWKV7
 
@@ -107,6 +107,24 @@ def test_a_large_presence_penalty_lets_no_token_come_twice(model: RWKV7) -> None
     assert sorted(ids) == list(range(VOCAB))
 
 
+def test_banned_tokens_never_come_however_likely(model: RWKV7) -> None:
+    whole = list(generate(model, PROMPT, max_tokens=12, temperature=0))
+    banned = set(whole)
+    found = list(generate(model, PROMPT, max_tokens=12, temperature=0, banned_ids=banned))
+    first, _ = model(torch.tensor([PROMPT]))
+    allowed = [id for id in range(VOCAB) if id not in banned]
+    assert found[0] == allowed[int(first[0, -1, allowed].argmax())]
+    for seed in range(3):
+        options: dict[str, Any] = {
+            "temperature": 3.0,
+            "top_p": 0.99,
+            "top_k": 30,
+            "frequency_penalty": 0.5,
+        }
+        ids = generate(model, PROMPT, max_tokens=50, seed=seed, banned_ids=banned, **options)
+        assert not banned & set(ids)
+
+
 def test_between_two_tokens_the_model_is_as_it_was_and_can_be_trained_afterwards(
     model: RWKV7,
 ) -> None:
@@ -133,6 +151,7 @@ def test_between_two_tokens_the_model_is_as_it_was_and_can_be_trained_afterwards
         ([-1], {}, "from -1"),
         ([1], {"top_p": 2.0}, "top_p is 2.0"),
         ([1], {"max_tokens": -1}, "max_tokens is -1"),
+        ([1], {"seed": 2**63}, "seed is 9223372036854775808"),
     ],
 )
 def test_bad_input_is_refused_at_the_call(
@@ -163,3 +182,46 @@ def test_streamed_text_is_the_text_and_never_half_a_character(text: str) -> None
 def test_a_text_that_ends_inside_a_character_shows_a_replacement() -> None:
     tokenizer = ByteTokenizer()
     assert list(stream_text(tokenizer, tokenizer.encode("aé")[:-1])) == ["a", "\ufffd"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=30))
+def test_streamed_bytes_that_are_no_utf8_come_back_exactly(content: bytes) -> None:
+    ids = [byte + 1 for byte in content]
+    pieces = list(stream_text(ByteTokenizer(), ids, errors="surrogateescape"))
+    assert b"".join(piece.encode("utf-8", "surrogateescape") for piece in pieces) == content
+
+
+PIECES = st.lists(st.text("ab", max_size=3), max_size=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(PIECES, st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_text_goes_up_to_the_first_stop_and_no_further_piece_is_asked_for(
+    pieces: list[str], stops: list[str]
+) -> None:
+    taken: list[str] = []
+
+    def one_by_one() -> Iterator[str]:
+        for piece in pieces:
+            taken.append(piece)
+            yield piece
+
+    found = list(until(one_by_one(), stops))
+    # The witness looks at the whole text again after every piece.
+    for n in range(len(pieces) + 1):
+        text = "".join(pieces[:n])
+        places = [text.index(stop) for stop in stops if stop in text]
+        if places:
+            text = text[: min(places)]
+            break
+    assert "".join(found) == text
+    assert len(taken) == n
+
+
+def test_text_is_held_back_only_while_it_may_become_a_stop() -> None:
+    pieces = iter(["a\n", "b", "\n", "\n"])
+    text = until(pieces, ["\n\n"])
+    assert next(text) == "a"
+    assert next(text) == "\nb"
+    assert list(text) == []

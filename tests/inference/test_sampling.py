@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rwkvtune.errors import UserError
 from rwkvtune.inference.sampling import sample
@@ -82,8 +84,8 @@ def test_a_tiny_temperature_does_not_overflow() -> None:
 def test_rows_are_drawn_each_from_its_own_logits_and_excluded_tokens_never_come() -> None:
     inf = math.inf
     logits = torch.tensor([[0.0, -inf, -inf], [-inf, -inf, 0.0], [-inf, 0.0, -inf]])
-    for settings in ({}, {"top_k": 2}, {"top_p": 0.999}):
-        assert sample(logits, **settings).tolist() == [0, 2, 1]
+    for chosen in ({}, {"top_k": 2}, {"top_p": 0.999}):
+        assert sample(logits, **chosen).tolist() == [0, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,34 @@ def test_rows_are_drawn_each_from_its_own_logits_and_excluded_tokens_never_come(
 def test_a_setting_that_makes_no_sense_is_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(UserError, match=f"{name} is {value}"):
         sample(torch.zeros(1, 4), **{name: value})  # type: ignore[arg-type]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(-6, 6), min_size=9, max_size=9), min_size=1, max_size=3),
+    st.sampled_from([1e-3, 0.1, 0.5, 0.9, 0.999, 1.0]),
+    st.integers(0, 10),
+)
+def test_only_tokens_of_the_nucleus_come_and_each_of_them_may(
+    rows: list[list[int]], top_p: float, top_k: int
+) -> None:
+    """The witness sorts the whole row in Python; integers make many ties."""
+    logits = torch.tensor(rows, dtype=torch.float32)
+    drawn = torch.stack([
+        sample(logits, top_p=top_p, top_k=top_k, temperature=5.0) for _ in range(30)
+    ])  # fmt: skip
+    for i, row in enumerate(rows):
+        order = sorted(range(len(row)), key=lambda id: (-row[id], id))[: top_k or None]
+        weights = [math.exp(row[id] / 5) for id in order]
+        kept: list[int] = []
+        mass = 0.0
+        for id, weight in zip(order, weights, strict=True):
+            if mass < top_p * sum(weights) + 1e-5 or not kept:  # a border hit exactly may round
+                kept.append(id)
+            mass += weight
+        assert set(drawn[:, i].tolist()) <= set(kept)
+        if top_k == 1 or top_p == 1e-3:
+            assert set(drawn[:, i].tolist()) == {order[0]}
 
 
 def test_logits_that_are_not_numbers_are_refused() -> None:

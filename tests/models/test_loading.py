@@ -125,6 +125,17 @@ def test_a_model_in_bf16_computes_as_training_in_bf16_does(
     assert logits.dtype == torch.bfloat16 and torch.equal(logits, trained)
 
 
+def test_matrices_with_many_outputs_lie_in_memory_as_one_token_wants_them(
+    tmp_path: Path, weights: Weights
+) -> None:
+    save_weights(tmp_path / "w.pth", weights)
+    model = rwkvtune.load(tmp_path / "w.pth")
+    by_columns = {n for n, p in model.named_parameters() if p.dim() == 2 and p.T.is_contiguous()}
+    assert {"blocks.0.att.output.weight", "blocks.1.ffn.key.weight"} <= by_columns
+    assert not by_columns & {"emb.weight", "blocks.1.ffn.value.weight", "blocks.1.att.w1"}
+    assert all(torch.equal(p, weights[n]) for n, p in model.state_dict().items())
+
+
 def test_what_a_model_saves_has_the_original_names_order_and_shapes(
     tmp_path: Path, weights: Weights
 ) -> None:

@@ -21,7 +21,7 @@ from rwkvtune.cli.main import guarded
 from rwkvtune.cli.published_flags import FLAGS, family_of, make_parser, translate
 from rwkvtune.cli.train import parse_settings
 from rwkvtune.errors import UserError
-from rwkvtune.models import RWKV7Config, build_model
+from rwkvtune.models import RWKV7Config, build_model, recognise_version
 from rwkvtune.training.config import TrainConfig, setting_types
 from rwkvtune.training.lm import make_schedule
 from rwkvtune.training.plan import make_plan
@@ -222,7 +222,7 @@ def test_stages_of_both_programs(tmp_path: Path) -> None:
     base = ["--data_file", "x", "--proj_dir", str(tmp_path)]
     found = settings_of(*base)
     assert (found["order"], found["resume"], found["init_only"]) == ("published", "auto", False)
-    assert (found["n_layer"], found["n_embd"]) == (6, 512)
+    assert (found["version"], found["n_layer"], found["n_embd"]) == ("x070", 6, 512)
     found = settings_of(*base, "--train_stage", "1", "--load_model", "old.pth")
     assert found["init_only"] and found["interpolate"] and found["load_model"] == "old.pth"
     assert found["n_layer"] is None, "the file decides"
@@ -244,8 +244,10 @@ def test_stages_of_both_programs(tmp_path: Path) -> None:
     found = settings_of(*base, "--my_pile_stage", "4")
     assert (found["order"], found["resume"]) == ("random", "required")
     assert found["epoch_samples"] == 40320
+    assert settings_of(*base, "--my_pile_stage", "1", "--my_testing", "x060")["version"] == "x060"
     (tmp_path / "rwkv-init.pth").touch()
-    assert settings_of(*base, "--train_stage", "3")["n_layer"] is None, "the file decides"
+    found = settings_of(*base, "--my_pile_stage", "3")
+    assert found["version"] is None and found["n_layer"] is None, "the file decides"
 
 
 def test_settings_of_rwkvtune_train_work_in_train_py_too(tmp_path: Path) -> None:
@@ -303,6 +305,23 @@ def test_the_demo_scripts_prepare_and_train_and_go_on(text: Path, tmp_path: Path
     assert "resumed from" in told and "from 6" in told
     last = (folder / "train_log.txt").read_text().splitlines()[-1]
     assert last.startswith("2 ") and last.endswith(" 2")
+
+
+@pytest.mark.parametrize("version", ["x052", "x060", "x070"])
+def test_the_v5_tree_flags_train_every_version(version: str, text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = [
+        "--my_testing", version, "--data_file", str(text), "--proj_dir", str(run),
+        "--ctx_len", "32", "--micro_bsz", "1", "--n_layer", "1", "--n_embd", "64",
+        "--epoch_steps", "2", "--epoch_count", "1", "--precision", "fp32", "--threads", "1",
+        "--weight_decay", "0.1",
+    ]  # fmt: skip
+    assert guarded("published_flags", ["--my_pile_stage", "1", *flags]) == 0
+    assert recognise_version(load_weights(run / "rwkv-init.pth")).version == version
+    assert guarded("published_flags", ["--my_pile_stage", "3", *flags]) == 0
+    before, after = (load_weights(run / f"rwkv-{name}.pth") for name in ("init", "final"))
+    assert before.keys() == after.keys()
+    assert not torch.equal(before["emb.weight"], after["emb.weight"])
 
 
 def test_stage_3_goes_on_from_weights_that_rwkv_lm_left(text: Path, tmp_path: Path) -> None:

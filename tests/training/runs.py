@@ -169,6 +169,7 @@ def outcome(folder: Path) -> dict[str, object]:
     return {
         "files": {path.name: digest(path) for path in [*folder.glob("rwkv-*.pth"), last_state]},
         "metrics": metrics(folder),
+        "layers": (folder / "layers.csv").read_text(),
         "epochs": epoch_lines(folder),
     }
 

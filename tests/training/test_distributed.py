@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.training.runs import (
@@ -45,6 +46,7 @@ def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_same_numbers(folder: Path, expected: Path) -> None:
     assert losses(folder) == pytest.approx(losses(expected), abs=TOLERANCE)
+    both = folder, expected
     for row, other in zip(metrics(folder), metrics(expected), strict=True):
         assert (row["step"], row["tokens"], row["lr"]) == (
             other["step"], other["tokens"], other["lr"],
@@ -54,6 +56,9 @@ def assert_same_numbers(folder: Path, expected: Path) -> None:
             assert bool(row[name]) == bool(other[name])
             if row[name]:
                 assert float(row[name]) == pytest.approx(float(other[name]), abs=TOLERANCE)
+    ours, theirs = (np.loadtxt(f / "layers.csv", delimiter=",", skiprows=1) for f in both)
+    assert np.array_equal(ours[:, :2], theirs[:, :2]) and len(ours) == 40
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3)
 
 
 def test_ddp_launched_by_the_command_itself_equals_one_process(

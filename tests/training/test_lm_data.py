@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from rwkvtune.data.binidx import BinIdxWriter
-from rwkvtune.data.text import build_from_text
 from rwkvtune.errors import UserError
 from rwkvtune.evaluation.perplexity import Evaluation, together
 from rwkvtune.training.config import TrainConfig
 from rwkvtune.training.lm_data import open_data
+from tests.token_files import write_token_files
 from tests.training.runs import Blow, flags, metrics, outcome, run
 
 SMALL = {
@@ -28,7 +28,7 @@ def prefixes(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     rng = np.random.default_rng(0)
     for name, letters in (("letters", "abcdef"), ("digits", "01234567")):
         documents = ["".join(rng.choice(list(letters), 300)) for _ in range(10)]
-        build_from_text(documents, folder / name, "bytes")
+        write_token_files(documents, folder / name, "bytes")
     return str(folder / "letters"), str(folder / "digits")
 
 
@@ -70,7 +70,7 @@ def test_a_mean_over_sources_counts_tokens_or_the_weights_that_are_given() -> No
 
 def test_what_cannot_be_mixed_is_refused(prefixes: tuple[str, str], tmp_path: Path) -> None:
     a, b = prefixes
-    build_from_text(["abc"] * 200, tmp_path / "other", "chars")
+    write_token_files(["abc"] * 200, tmp_path / "other", "chars")
 
     def refused(**settings: object) -> str:
         with pytest.raises(UserError) as caught:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from rwkvtune.errors import UserError
-from rwkvtune.training.log import RunLog, _duration, _short_number, read_metrics
+from rwkvtune.training.log import RunLog, _by_layer, duration, read_metrics, short_number
 
 HEADER = (
     "step,epoch,tokens,loss,val_loss,val_perplexity,val_bits_per_byte,"
@@ -56,6 +56,8 @@ def train(folder: Path, first: int, last: int, *, first_epoch: int, total: int =
     for step in range(first, last + 1):
         if step % 3 == 0:
             log.validation({"step": step, "val_loss": loss_at(step) + 0.1})
+        if step % 2 == 0:
+            log.layers(step, [{"att_grad_norm": step / 3, "decay_max": 0.99}, {"decay_min": 0.6}])
         log.step(row(step))
         if step % 4 == 0:
             epoch = step // 4 - 1
@@ -166,7 +168,8 @@ def test_after_a_resume_the_files_read_as_if_the_run_had_never_stopped(
     train(whole, 1, 12, first_epoch=0)
     train(resumed, 1, killed_at, first_epoch=0)  # the last save was after step 5, in epoch 1
     train(resumed, 6, 12, first_epoch=1)
-    assert (resumed / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    for name in ("metrics.csv", "layers.csv"):
+        assert (resumed / name).read_bytes() == (whole / name).read_bytes()
     assert epoch_lines(resumed) == epoch_lines(whole)
     text = (resumed / "train_log.txt").read_text()
     assert text.count("NEW RUN") == 2
@@ -181,7 +184,21 @@ def test_a_run_that_goes_on_with_more_steps_keeps_all_it_had(tmp_path: Path) -> 
     assert [line[0] for line in epoch_lines(tmp_path)] == ["0", "1", "2", "3"]
 
 
-@pytest.mark.parametrize("name", ["metrics.csv", "train_log.txt"])
+def test_layers_have_a_row_each_and_their_names_sort_by_depth(tmp_path: Path) -> None:
+    train(tmp_path, 1, 2, first_epoch=0)
+    assert (tmp_path / "layers.csv").read_text().splitlines() == [
+        "step,layer,att_grad_norm,ffn_grad_norm,decay_min,decay_mean,decay_max",
+        "2,0,0.666667,,,,0.99",
+        "2,1,,,0.6,,",
+    ]
+    assert list(_by_layer([{"decay_min": 0.6}] * 2)) == [
+        "layers/00/decay_min", "layers/01/decay_min",
+    ]  # fmt: skip
+    names = list(_by_layer([{"decay_min": 0.6}] * 101))
+    assert names == sorted(names) and names[7] == "layers/007/decay_min"
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "layers.csv", "train_log.txt"])
 def test_a_last_line_that_was_cut_anywhere_is_dropped(tmp_path: Path, name: str) -> None:
     train(tmp_path, 1, 12, first_epoch=0)
     path = tmp_path / name
@@ -192,7 +209,7 @@ def test_a_last_line_that_was_cut_anywhere_is_dropped(tmp_path: Path, name: str)
         whole_lines = content[:-cut][: content[:-cut].rfind(b"\n") + 1]
         assert path.read_bytes().startswith(whole_lines)
         rest = path.read_bytes()[len(whole_lines) :]
-        assert rest == b"" if name == "metrics.csv" else rest.startswith(b"NEW RUN ")
+        assert rest == b"" if name.endswith(".csv") else rest.startswith(b"NEW RUN ")
 
 
 def test_rows_damaged_by_a_power_cut_are_dropped(tmp_path: Path) -> None:
@@ -293,6 +310,20 @@ def test_plain_lines_hold_the_numbers_and_come_with_the_logged_steps(tmp_path: P
     ]
 
 
+def test_the_console_shows_the_mean_loss_since_its_last_line_and_the_file_that_of_the_step(
+    tmp_path: Path,
+) -> None:
+    stream = io.StringIO()
+    log = RunLog(tmp_path, total_steps=7, log_every=3, stream=stream)
+    log.start({}, "name")
+    for step in range(1, 8):
+        log.step({"step": step, "loss": 2.0**step})
+    shown = re.findall(r"loss (\S+)", stream.getvalue())
+    # (2 + 4 + 8) / 3, (16 + 32 + 64) / 3, and 128 alone at the end
+    assert shown == ["4.6667", "37.3333", "128.0000"]
+    assert [float(r["loss"]) for r in metrics(tmp_path)] == [8.0, 64.0, 128.0]
+
+
 def test_time_left_follows_from_the_pace_of_the_latest_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,7 +361,8 @@ def test_a_terminal_shows_a_bar_with_the_same_numbers_and_keeps_its_cursor(
     assert "step 10/20  validation loss 2.4012\n" in plain
     assert "a [bold]line[/bold] about /a/path\n" in plain
     assert re.search(r"step 20/20 ━+ 100% time left 0:00\s", plain)
-    numbers = f"epoch 4  loss {loss_at(20):.4f}  val 2.4012  lr 1.20e-03  norm 0.41  24.1k tokens/s"
+    mean = sum(map(loss_at, range(11, 21))) / 10
+    numbers = f"epoch 4  loss {mean:.4f}  val 2.4012  lr 1.20e-03  norm 0.41  24.1k tokens/s"
     assert numbers in plain and max(map(len, plain.splitlines())) <= 80
     assert "\x1b[?25l" not in terminal.getvalue()  # "hide cursor"
 
@@ -368,12 +400,15 @@ def test_tensorboard_has_the_scalars_and_after_a_resume_each_step_once(tmp_path:
         log = RunLog(tmp_path, total_steps=8, tensorboard=True, stream=io.StringIO())
         log.start({"n_layer": 4}, "name", step=first - 1)
         for step in range(first, last + 1):
+            log.layers(step, [{"att_grad_norm": step / 4}])
             log.step(row(step))
         log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     found = {e.step: e.value for e in events.Scalars("loss")}
     assert found == pytest.approx({step: loss_at(step) for step in range(1, 9)})
     assert len(events.Scalars("lr")) == 8
+    layers = events.Scalars("layers/00/att_grad_norm")
+    assert [(e.step, e.value) for e in layers] == [(step, step / 4) for step in range(1, 9)]
 
 
 def wandb_history(path: Path) -> list[dict[str, str]]:
@@ -398,6 +433,29 @@ def wandb_history(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def test_after_a_resume_a_wandb_run_has_every_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(tmp_path, 1, 6, first_epoch=0)  # logs 2, 3, 4 and 6; the save was after step 4
+    log = RunLog(tmp_path, total_steps=8, log_every=2, wandb_project="trial", stream=io.StringIO())
+    log.start({}, "name", step=4)
+    log.validation({"step": 5, "val_loss": 2.5})
+    for step in range(5, 9):
+        log.step(row(step))
+    log.close()
+    import wandb
+
+    wandb.teardown()
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    found = {int(r["_step"]): r for r in wandb_history(path)[1:]}
+    assert list(found) == [2, 3, 4, 5, 6, 8]
+    assert all(float(r["loss"]) == loss_at(step) for step, r in found.items())
+    assert float(found[3]["val_loss"]) == loss_at(3) + 0.1 and "val_loss" not in found[4]
+    assert float(found[4]["layers/00/att_grad_norm"]) == pytest.approx(4 / 3, rel=1e-5)
+
+
 def test_wandb_gets_the_published_names_without_a_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,6 +463,7 @@ def test_wandb_gets_the_published_names_without_a_network(
     monkeypatch.setenv("WANDB_SILENT", "true")
     log = RunLog(tmp_path, total_steps=8, wandb_project="trial", stream=io.StringIO())
     log.start({"n_layer": 4}, "256 ctx256 L4 D256")
+    log.layers(1, [{"decay_mean": 0.75}])
     log.step(row(1))
     log.validation({"step": 2, "val_loss": 2.5})
     log.step({**row(2), "tokens_per_s": None})
@@ -419,6 +478,7 @@ def test_wandb_gets_the_published_names_without_a_network(
     first, second = ({k: float(v) for k, v in s.items()} for s in steps)
     assert first["_step"] == 1 and second["_step"] == 2
     assert first["Gtokens"] == pytest.approx(8192e-9) and first["kt/s"] == pytest.approx(24.1)
+    assert first["layers/00/decay_mean"] == 0.75
     assert first["loss"] == loss_at(1) and first["wd"] == 0.1 and first["lr"] == 1.2e-3
     assert second["val_loss"] == 2.5 and "kt/s" not in second
 
@@ -449,5 +509,5 @@ def test_logging_works_without_torch() -> None:
 
 def test_times_and_counts_are_short() -> None:
     seconds = (0.4, 92, 3723, 2 * 86400 + 3723)
-    assert [_duration(s) for s in seconds] == ["0:00", "1:32", "1:02:03", "2d 01:02:03"]
-    assert [_short_number(n) for n in (950, 24_100, 1.2e6, 3e9)] == ["950", "24.1k", "1.2M", "3.0G"]
+    assert [duration(s) for s in seconds] == ["0:00", "1:32", "1:02:03", "2d 01:02:03"]
+    assert [short_number(n) for n in (950, 24_100, 1.2e6, 3e9)] == ["950", "24.1k", "1.2M", "3.0G"]

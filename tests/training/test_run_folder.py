@@ -62,6 +62,7 @@ def test_the_files_are_the_published_ones_and_weights_are_fp32(finished: Path) -
     parts = {f"{state}/{name}" for state in states for name in ("state.safetensors", "state.json")}
     weights = {"rwkv-init.pth", "rwkv-0.pth", "rwkv-1.pth", "rwkv-2.pth", "rwkv-final.pth"}
     others = {"config.yaml", "metrics.csv", "train_log.txt", "loss_curve.png", "tokenizer.json"}
+    others.add("layers.csv")
     assert names(finished) == states | parts | weights | others | {"resume", ".lock"}
     for name in weights:
         assert {w.dtype for w in load_weights(finished / name).values()} == {torch.float32}
@@ -122,6 +123,26 @@ def test_keep_last_counts_resume_states_and_never_weights(text: Path, tmp_path: 
     assert {f"rwkv-{n}.pth" for n in range(4)} <= names(folder)
 
 
+def test_layers_are_measured_before_clipping_and_only_when_asked_for(
+    text: Path, tmp_path: Path
+) -> None:
+    first_rows, length = [], {"epoch_steps": 3, "epoch_count": 1, "log_every": 2}
+    for clip in (0, 1e-3):
+        folder = tmp_path / f"clip-{clip}"
+        assert train(text, folder, grad_clip=clip, **length).code == 0
+        lines = (folder / "layers.csv").read_text().splitlines()
+        assert [line.split(",")[:2] for line in lines[1:]] == [["2", "0"], ["3", "0"]]
+        assert float(metrics(folder)[0]["grad_norm"]) > 1
+        first_rows.append(lines[1])
+    # The first step has moved every weight by its learning rate, whatever the size of its gradient.
+    unclipped, clipped = (float(row.split(",")[3]) for row in first_rows)
+    assert clipped == pytest.approx(unclipped, rel=0.1)
+
+    folder = tmp_path / "without"
+    assert train(text, folder, log_layers="false", **length).code == 0
+    assert not (folder / "layers.csv").exists() and len(metrics(folder)) == 2
+
+
 def test_what_may_change_at_resume_changes_and_goes_on(
     finished: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -131,7 +152,7 @@ def test_what_may_change_at_resume_changes_and_goes_on(
         "epoch_count": 4, "epoch_save": 0, "save_every": 2, "keep_last": 5, "log_every": 2,
         "val_every": 3, "sample_every": 2, "micro_bsz": 2, "accumulate_grad_batches": 2,
         "accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "ddp",
-        "tensorboard": "true", "resume": "auto",
+        "tensorboard": "true", "resume": "auto", "log_layers": "false",
     }  # fmt: skip
     ended = train(text, folder, **changes)
     assert ended.code == 0, ended.output

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
-from rwkvtune.data.tokenizers.base import TableTokenizer, utf8
+import numpy as np
+
+from rwkvtune.data.tokenizers.base import TableTokenizer
 
 
 class ByteTokenizer(TableTokenizer):
@@ -15,8 +18,8 @@ class ByteTokenizer(TableTokenizer):
     def __init__(self) -> None:
         super().__init__([b"", *(bytes([byte]) for byte in range(256))])
 
-    def encode(self, text: str) -> list[int]:
-        return [byte + 1 for byte in utf8(text)]
+    def _append_ids(self, ids: array[int], text: str, encoded: bytes) -> None:
+        ids.frombytes(np.add(np.frombuffer(encoded, np.uint8), 1, dtype=np.uint32).tobytes())
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.name}

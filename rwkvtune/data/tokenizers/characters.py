@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from array import array
 from typing import Any
+
+import numpy as np
 
 from rwkvtune.data.tokenizers.base import TableTokenizer, save_json, utf8
 from rwkvtune.errors import UserError
@@ -26,23 +29,25 @@ class CharTokenizer(TableTokenizer):
         utf8(characters)
         super().__init__([b"", *(character.encode() for character in characters)])
         self.characters = characters
-        self._ids = {character: 1 + i for i, character in enumerate(characters)}
+        codes = code_points(characters)
+        self._ids = np.zeros(int(codes.max()) + 2, np.uint32)  # the last: all that lie beyond
+        self._ids[codes] = 1 + np.arange(len(codes), dtype=np.uint32)
 
     @classmethod
     def from_text(cls, text: str) -> CharTokenizer:
         """The vocabulary of all characters in the text, by code point."""
         return cls("".join(sorted(set(text))))
 
-    def encode(self, text: str) -> list[int]:
-        try:
-            return list(map(self._ids.__getitem__, text))
-        except KeyError:
-            position = next(i for i, character in enumerate(text) if character not in self._ids)
+    def _append_ids(self, ids: array[int], text: str, encoded: bytes) -> None:
+        found = self._ids.take(code_points(text), mode="clip")
+        if not found.all():
+            position = int(np.argmin(found))
             raise UserError(
                 f"character {text[position]!r} at position {position} is not among the "
                 f"{len(self.characters)} characters of this vocabulary. Remove it, or make a "
                 "vocabulary from text that has it and train with that."
-            ) from None
+            )
+        ids.frombytes(found.tobytes())
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.name, "characters": self.characters}
@@ -50,3 +55,8 @@ class CharTokenizer(TableTokenizer):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the vocabulary as JSON; load_tokenizer(path) reads it."""
         save_json(self, path)
+
+
+def code_points(text: str) -> np.ndarray:
+    """[len(text)] uint32."""
+    return np.frombuffer(text.encode("utf-32-le"), "<u4")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rwkvtune.kernels.fused.time_mix import norm_bonus_gate, prepare_keys, squared_relu
 from rwkvtune.kernels.fused.token_shift import token_shift_mix
 from rwkvtune.kernels.wkv7 import wkv7
+from rwkvtune.kernels.wkv7.reference import LOG_DECAY_SCALE
 from rwkvtune.models.frame import Block, LanguageModel, Ramps
 from rwkvtune.models.layers import LayerState, Linear, empty
 from rwkvtune.models.rwkv7.config import UNUSED, RWKV7Config
@@ -135,6 +136,12 @@ class RWKV7(LanguageModel):
                 for i in range(config.n_layer)
             ),
         )
+
+    @torch.no_grad()
+    def decay_of_layers(self) -> list[Tensor]:
+        """As in `LanguageModel`, by the bias w0 alone: in (0.545, 1)."""
+        biases = [p for name, p in self.named_parameters() if name.endswith("att.w0")]
+        return [torch.exp(LOG_DECAY_SCALE * torch.sigmoid(w0.float())) for w0 in biases]
 
     def own_initial_value(
         self, part: str, layer: int, value: Tensor, generator: torch.Generator | None

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,9 +16,11 @@ from rwkvtune.data.tokenizers import (
     ByteTokenizer,
     CharTokenizer,
     Tokenizer,
+    as_json,
+    base,
+    data_tokenizer_path,
     find_tokenizer,
     load_tokenizer,
-    save_data_tokenizer,
     save_tokenizer,
 )
 from rwkvtune.errors import UserError
@@ -54,10 +57,14 @@ def test_characters_are_numbered_from_one_by_code_point() -> None:
     assert tokenizer.encode("hé\n") == [4, 7, 1]
 
 
-def test_world_ids_are_those_of_the_rwkv_package(world: Tokenizer) -> None:
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """The trie tokenizer of the `rwkv` package."""
     trie = pytest.importorskip("rwkv.rwkv_tokenizer")
-    vocabulary = Path(trie.__file__).with_name("rwkv_vocab_v20230424.txt")
-    reference = trie.TRIE_TOKENIZER(str(vocabulary))
+    return trie.TRIE_TOKENIZER(str(Path(trie.__file__).with_name("rwkv_vocab_v20230424.txt")))
+
+
+def test_world_ids_are_those_of_the_rwkv_package(world: Tokenizer, reference: Any) -> None:
     ids = world.encode(MIXED)
     assert ids == reference.encode(MIXED)
     assert world.vocab_size == 65536
@@ -80,6 +87,86 @@ def test_any_text_comes_back_from_bytes_and_world(text: str, world: Tokenizer) -
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=6), unfinished=st.booleans())
+def test_many_texts_at_once_give_the_ids_of_each(
+    texts: list[str], unfinished: bool, world: Tokenizer
+) -> None:
+    chars = CharTokenizer.from_text("".join(texts) + "x")
+    numbered = {character: 1 + i for i, character in enumerate(sorted({*"".join(texts), "x"}))}
+    by_hand: list[tuple[Tokenizer, list[list[int]]]] = [
+        (ByteTokenizer(), [[1 + byte for byte in text.encode()] for text in texts]),
+        (chars, [[numbered[character] for character in text] for text in texts]),
+        (world, [world.encode(text) for text in texts]),
+    ]
+    for tokenizer, wanted in by_hand:
+        encoded = tokenizer.encode_documents(texts, unfinished=unfinished)
+        expected = [id for ids in wanted for id in [*ids, 0]]
+        assert encoded.ids.tolist() == (expected[:-1] if unfinished else expected)
+        assert encoded.sizes.sum() == len(encoded.ids)
+        assert encoded.sizes[:-1].tolist() == [1 + len(ids) for ids in wanted[:-1]]
+        assert encoded.text_bytes.tolist() == [len(text.encode()) for text in texts]
+
+
+@pytest.mark.parametrize(
+    "part", ["Ünï cöde 日本語。\n \U0001f600 12 3\t", "ACGTTGCA", "日本語", " " * 9]
+)
+def test_a_text_cut_where_the_tokenizer_says_gives_the_ids_of_the_whole(
+    part: str, world: Tokenizer, reference: Any
+) -> None:
+    encoded = (part * 300).encode()
+    for length in range(1000, 1020):
+        cut = world.last_cut(encoded[:length])
+        assert length - 256 < cut <= length
+        whole = reference.encode(encoded.decode())
+        assert world.encode(encoded[:cut].decode()) + world.encode(encoded[cut:].decode()) == whole
+    for tokenizer in (ByteTokenizer(), CharTokenizer.from_text(part)):
+        assert length - 4 <= tokenizer.last_cut(encoded[:length]) <= length
+    assert world.last_cut(b"") == world.last_cut(b"a") == world.last_cut("日".encode()) == 0
+
+
+def test_a_long_text_is_encoded_in_pieces_with_the_ids_of_the_whole(
+    world: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for text in ("ACGT" * 2000, "one two\nthree 日本" * 400):
+        whole = world.encode(text)
+        monkeypatch.setattr(base, "PIECE_BYTES", 1000)
+        assert world.encode(text) == whole
+        monkeypatch.undo()
+    chars = CharTokenizer.from_text("a b")
+    monkeypatch.setattr(base, "PIECE_BYTES", 1000)
+    with pytest.raises(UserError, match="character 'z' at position 1800 is"):
+        chars.encode("a b" * 600 + "z")
+
+
+def test_every_wrong_id_is_noticed(world: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the library had a mistake: one id is another, of the same length or not."""
+    from pyrwkv_tokenizer import RWKVTokenizer
+
+    text = "The quick brown fox; " + "=" * 64 + " misunderstanding\n" + "日本語" * 5
+    right = world.encode(text)
+    table = {id: world.decode_bytes([id]) for id in range(1, 65530)}
+    for position, id in enumerate(right):
+        same_length = next(i for i, t in table.items() if len(t) == len(table[id]) and i != id)
+        nearly = next((i for i, t in table.items() if t[:-1] == table[id][:-1] and i != id), 5)
+        for other in (same_length, nearly, 65535):
+            wrong = [*right[:position], other, *right[position + 1 :]]
+            monkeypatch.setattr(RWKVTokenizer, "encode", lambda self, text, ids=wrong: ids)
+            with pytest.raises(UserError, match="does not give this text back"):
+                world.encode(text)
+
+
+def test_bytes_that_move_from_one_text_to_the_next_are_noticed(
+    world: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyrwkv_tokenizer import RWKVTokenizer
+
+    ids = {"ab": world.encode("a"), "c": world.encode("bc")}
+    monkeypatch.setattr(RWKVTokenizer, "encode", lambda self, text: ids[text])
+    with pytest.raises(UserError, match="does not give this text back"):
+        world.encode_documents(["ab", "c"])
+
+
 def test_end_of_document_decodes_to_nothing(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("an")
     assert tokenizer.decode([0, *ids, 0, *ids]) == "anan"
@@ -94,6 +181,7 @@ def test_a_character_cut_by_a_token_border_is_whole_again_in_the_bytes(world: To
 
 def test_world_ids_without_a_token_decode_to_a_visible_mark(world: Tokenizer) -> None:
     assert world.decode([65530, *world.encode("a"), 65535]) == "\ufffda\ufffd"
+    assert list(world.unused_ids) == [*range(65530, 65536)]
 
 
 @pytest.mark.parametrize("bad", [-1, 65536, 10**12])
@@ -167,7 +255,7 @@ def test_a_run_folder_keeps_its_tokenizer(
 
 
 def test_token_files_keep_their_tokenizer(tmp_path: Path) -> None:
-    save_data_tokenizer(ByteTokenizer(), tmp_path / "v1.2")
+    data_tokenizer_path(tmp_path / "v1.2").write_bytes(as_json(ByteTokenizer()))
     for name in ("v1.2", "v1.2.bin", "v1.2.idx"):
         found = find_tokenizer(tmp_path / name)
         assert found is not None

@@ -1,0 +1,651 @@
+"""RWKVTrainingPipeline: from sequences to a trained model, all in one folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import filecmp
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rwkvtune.data.binidx import BinIdx
+from rwkvtune.data.sampler import PublishedOrder
+from rwkvtune.data.sequences import (
+    SHUFFLE_SEED,
+    DataPipeline,
+    as_tokenizer,
+    load_array,
+    prime_or_none,
+    sequences_of,
+)
+from rwkvtune.data.tokenizers import END_OF_DOCUMENT, Tokenizer, tokenizer_from_json
+from rwkvtune.data.tokenizers.custom import save_vocab
+from rwkvtune.data.tokenizers.generic import GenericTokenizer
+from rwkvtune.errors import MissingFileError, UserError
+from rwkvtune.files import atomic_write
+from rwkvtune.pipeline.checkpoints import (
+    DetectedModelConfig,
+    detect,
+    inspect_rwkv_checkpoint,
+    validate_checkpoint_compatibility,
+)
+from rwkvtune.pipeline.config import (
+    DataConfig,
+    ModelConfig,
+    TrainingConfig,
+    checked,
+    config_from_json,
+    overridden,
+)
+from rwkvtune.pipeline.training import (
+    TrainingResult,
+    in_even_batches,
+    run_training,
+    training_result,
+)
+from rwkvtune.training.config import TrainConfig
+from rwkvtune.weights_header import newest_weights, numbered_weights
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass
+class _Dataset:
+    """The token files that are trained on."""
+
+    prefix: str
+    total_tokens: int
+    num_sequences: int
+    magic_prime: int | None
+    exit_tokens: int
+    val_prefix: str | None = None
+    val_tokens: int | None = None
+
+
+class RWKVTrainingPipeline:
+    """Prepares data, makes a model and trains it in one folder, and goes on where it was left.
+
+    work_dir: configs/config.json, data/ and out/ are made in it. One that holds an earlier
+    pipeline's gives its settings, tokenizer, data and run; arguments given here win.
+    tokenizer: an object, or a name for load_tokenizer such as "world"; None = the folder's, else
+    IntegerTokenizer(359).
+    wandb_project: also log to this project of wandb.
+    """
+
+    def __init__(
+        self,
+        work_dir: str | os.PathLike[str],
+        model_config: ModelConfig | None = None,
+        training_config: TrainingConfig | None = None,
+        data_config: DataConfig | None = None,
+        tokenizer: Tokenizer | str | None = None,
+        wandb_project: str | None = None,
+    ) -> None:
+        self.work_dir = Path(work_dir).expanduser().resolve()
+        self.data_dir = self.work_dir / "data"
+        self.output_dir = self.work_dir / "out"
+        self.config_dir = self.work_dir / "configs"
+        stored = self._read_config()
+        self.data_config = checked(data_config or stored.get("data") or DataConfig())
+        self.training_config = checked(
+            training_config or stored.get("training") or TrainingConfig()
+        )
+        self.wandb_project = wandb_project or stored.get("wandb_project")
+        self.seed: int = stored.get("seed", SHUFFLE_SEED)
+        self._dataset: _Dataset | None = stored.get("dataset")
+        self.tokenizer = self._choose_tokenizer(tokenizer, stored)
+        self.model_config = _with_rows_for(
+            self.tokenizer,
+            model_config or stored.get("model") or ModelConfig(),
+            before=0 if model_config else stored.get("vocab_size", 0),
+        )
+        if self._epochs_done() and model_config and self.model_config != stored["model"]:
+            raise UserError(
+                f"{self.output_dir} holds a run of another model, {stored['model']}: leave "
+                "model_config out to go on with it, or choose another work_dir"
+            )
+        for folder in (self.data_dir, self.output_dir, self.config_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._save_config()
+
+    # What was prepared, under the published names.
+
+    @property
+    def data_prepared(self) -> bool:
+        return self._dataset is not None
+
+    @property
+    def data_prefix(self) -> str | None:
+        return None if self._dataset is None else self._dataset.prefix
+
+    @property
+    def magic_prime(self) -> int | None:
+        """The prime of RWKV-LM's order for these data; None for fewer than 3 windows."""
+        return None if self._dataset is None else self._dataset.magic_prime
+
+    @property
+    def my_exit_tokens(self) -> int | None:
+        """Tokens of the data: of one pass."""
+        return None if self._dataset is None else self._dataset.exit_tokens
+
+    @property
+    def model_initialized(self) -> bool:
+        return (self.output_dir / "rwkv-init.pth").exists()
+
+    def prepare_data(self, data: Any, data_name: str = "train") -> dict[str, Any]:
+        """Write data/<data_name>.jsonl, .bin and .idx and data/vocab.txt; returns their paths,
+        num_sequences, total_tokens and magic_prime.
+
+        data: an array [sequences, length] or [values] of whole numbers, or a list of rows.
+        UserError, before anything is written, for a value that is no whole number or has no id.
+        """
+        return self._prepare(
+            lambda folder: DataPipeline(self.tokenizer).process_numpy(
+                data,
+                folder,
+                data_name,
+                self.data_config.sequence_length,
+                self.data_config.n_epochs_duplication,
+                ctx_len=self.model_config.ctx_len,
+                val_share=self.data_config.val_share,
+                random_seed=self.seed,
+            )
+        )
+
+    def prepare_data_from_file(
+        self, file_path: str | os.PathLike[str], data_name: str = "train"
+    ) -> dict[str, Any]:
+        """prepare_data with the array of a .npy file."""
+        return self.prepare_data(load_array(file_path), data_name)
+
+    def prepare_data_from_jsonl(
+        self,
+        jsonl_path: str | os.PathLike[str],
+        data_name: str = "train",
+        n_epochs: int | None = None,
+        vocab_file_path: str | os.PathLike[str] | None = None,
+    ) -> dict[str, Any]:
+        """The same for a file of lines {"text": "..."}.
+
+        n_epochs: how often each line is written; None = data_config.n_epochs_duplication.
+        vocab_file_path: make a GenericTokenizer of this file the pipeline's tokenizer.
+        """
+        before = self.tokenizer, self.model_config
+        if vocab_file_path is not None:
+            self.tokenizer = GenericTokenizer(vocab_file_path)
+            self.model_config = _with_rows_for(
+                self.tokenizer, self.model_config, before=before[0].vocab_size
+            )
+        try:
+            return self._prepare(
+                lambda folder: DataPipeline(self.tokenizer).process_jsonl(
+                    jsonl_path,
+                    folder,
+                    data_name,
+                    n_epochs or self.data_config.n_epochs_duplication,
+                    self.model_config.ctx_len,
+                    val_share=self.data_config.val_share,
+                    random_seed=self.seed,
+                )
+            )
+        except BaseException:
+            self.tokenizer, self.model_config = before
+            raise
+
+    def use_existing_data(
+        self,
+        binidx_prefix: str | os.PathLike[str],
+        magic_prime: int | None = None,
+        exit_tokens: int | None = None,
+    ) -> None:
+        """Train on token files that are there already.
+
+        magic_prime, exit_tokens: as computed by other programs; they are checked and kept, but an
+        epoch is a shuffled pass over all windows. None = computed here.
+        """
+        data = BinIdx(binidx_prefix)
+        data.check_ids(self.model_config.vocab_size)
+        if magic_prime is not None:
+            PublishedOrder(len(data), self.model_config.ctx_len, magic_prime)
+        computed = prime_or_none(len(data), self.model_config.ctx_len)
+        if exit_tokens is not None and exit_tokens != len(data):
+            print(f"exit_tokens={exit_tokens}: num_epochs decides the length, at {len(data)} each")
+        self._dataset = _Dataset(
+            str(Path(data.prefix).resolve()),
+            len(data),
+            len(data.sizes),
+            magic_prime or computed,
+            exit_tokens or len(data),
+        )
+        self._save_config()
+
+    def initialize_model(self, force: bool = False, random_seed: int = -1) -> str:
+        """Write out/rwkv-init.pth, unless it is there; returns its path.
+
+        force: write it anew. A run that has begun in out/ is kept in another folder, out-1.
+        random_seed: of the initial values; -1 = the pipeline's, 42 at first.
+        """
+        path = self.output_dir / "rwkv-init.pth"
+        if path.exists() and not force:
+            return str(path)
+        self._need_data()
+        self._set_seed(random_seed)
+        config = self._train_config(1, init_only=True)
+        if self._has_run():
+            aside = _free_name(self.output_dir)
+            self.output_dir.rename(aside)
+            print(f"the run in {self.output_dir} was moved to {aside}")
+        run_training(config)
+        return str(path)
+
+    def train(
+        self,
+        data: Any = None,
+        num_epochs: int = 100,
+        continue_training: bool = False,
+        random_seed: int = -1,
+    ) -> TrainingResult:
+        """Train for num_epochs passes over the sequences, in another order each time.
+
+        data: given, it is prepared first.
+        continue_training: go on with the run in out/, optimizer and all; num_epochs is then the
+        total, passes before included. Without it a run that is there is left alone (UserError).
+        random_seed: of initial values and orders; -1 = the pipeline's, 42 at first.
+        Ctrl-C saves and then raises KeyboardInterrupt.
+        """
+        if isinstance(num_epochs, bool) or not isinstance(num_epochs, int) or num_epochs < 1:
+            raise UserError(f"num_epochs={num_epochs!r} must be a whole number from 1 up")
+        if continue_training and not (self._has_run() or self.model_initialized):
+            raise UserError(
+                f"{self.output_dir} holds no run to go on with: leave continue_training out, or "
+                "check work_dir"
+            )
+        if not continue_training and self._has_run():
+            raise UserError(
+                f"{self.output_dir} holds a run of {self._epochs_done()} epochs. To go on to a "
+                "larger number: train(num_epochs=..., continue_training=True); to begin again: "
+                "initialize_model(force=True), which keeps the old run; or choose another work_dir"
+            )
+        self._set_seed(random_seed)
+        if data is not None:
+            self.prepare_data(data)
+        self._need_data()
+        run_training(self._train_config(num_epochs))
+        return training_result(self.output_dir, self.list_checkpoints())
+
+    def train_from_checkpoint(
+        self,
+        checkpoint_path: str | os.PathLike[str],
+        num_epochs: int = 100,
+        auto_detect: bool = True,
+        override_config: Mapping[str, Any] | None = None,
+    ) -> TrainingResult:
+        """Train on from the weights of any RWKV-LM checkpoint, which are copied to
+        out/rwkv-init.pth.
+
+        auto_detect: take version and dimensions from the file; False: model_config must name them.
+        override_config: fields of ModelConfig and TrainingConfig to set, such as ctx_len.
+        A tokenizer of fewer ids than the checkpoint has rows leaves rows unused; UserError for one
+        of more, for dimensions that differ, and where out/ holds a run.
+        """
+        self._need_data()
+        if self._has_run():
+            raise UserError(
+                f"{self.output_dir} holds a run, which would go on instead of {checkpoint_path}: "
+                "use another work_dir, or train(continue_training=True) to go on with it"
+            )
+        detected = detect(checkpoint_path)
+        self._check_rows(detected, checkpoint_path)
+        model, training = overridden(
+            dataclasses.replace(
+                self.model_config,
+                **{n: v for n, v in detected.to_dict().items() if n != "ctx_len"},
+            )
+            if auto_detect
+            else dataclasses.replace(self.model_config, vocab_size=detected.vocab_size),
+            self.training_config,
+            override_config or {},
+        )
+        fits, differing = validate_checkpoint_compatibility(detected, dataclasses.asdict(model))
+        if not fits:
+            raise UserError(
+                f"{checkpoint_path} does not fit the settings: {'; '.join(differing)}. Leave these "
+                "fields to auto_detect, or give the checkpoint's values"
+            )
+        from rwkvtune.checkpoint import load_weights, save_weights
+
+        weights = load_weights(Path(checkpoint_path).expanduser())
+        self.model_config, self.training_config = model, training
+        save_weights(self.output_dir / "rwkv-init.pth", weights)
+        self._save_config()
+        return self.train(num_epochs=num_epochs)
+
+    def inspect_checkpoint(self, checkpoint_path: str | os.PathLike[str]) -> dict[str, Any]:
+        """What a weights file holds; see inspect_rwkv_checkpoint."""
+        return inspect_rwkv_checkpoint(checkpoint_path)
+
+    def list_checkpoints(self) -> list[str]:
+        """Weights in out/, from the initial ones by their epochs to the final ones."""
+        numbered = [path for _, path in numbered_weights(self.output_dir)]
+        ends = [self.output_dir / f"rwkv-{name}.pth" for name in ("init", "final")]
+        return [str(p) for p in (ends[0], *numbered, ends[1]) if p.exists()]
+
+    def get_latest_checkpoint(self) -> str | None:
+        """The furthest weights in out/; None when there are none."""
+        return next(reversed(self.list_checkpoints()), None)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        length: int = 100,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        checkpoint_path: str | os.PathLike[str] | None = None,
+    ) -> Any:
+        """What the model says comes after the prompt, up to `length` tokens or the end of the
+        sequence.
+
+        prompt: text, or values for a tokenizer of whole numbers; None = a new sequence.
+        temperature: 0 = always the likeliest.  checkpoint_path: None = the latest.
+        Returns text for text; a list of values for values, or for None with such a tokenizer.
+        """
+        from rwkvtune.inference.generate import generate
+
+        of_values = getattr(self.tokenizer, "encode_sequence", None)
+        is_text = isinstance(prompt, str) or of_values is None
+        if is_text:
+            ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt or [])
+        else:
+            assert of_values is not None
+            ids = of_values([] if prompt is None else prompt)
+        model = self._load(checkpoint_path)
+        no_text = set(self.tokenizer.unused_ids)
+        no_text |= set(range(self.tokenizer.vocab_size, model.config.vocab_size))
+        made = list(
+            generate(
+                model,
+                # Sequences begin after the end of another one.
+                [END_OF_DOCUMENT, *ids],
+                max_tokens=length,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                stop_ids=[END_OF_DOCUMENT],
+                banned_ids=no_text,
+            )
+        )
+        if is_text:
+            return self.tokenizer.decode(made)
+        return self.tokenizer.decode_sequence(made)  # type: ignore[attr-defined]
+
+    def evaluate(
+        self, data: Any = None, *, checkpoint_path: str | os.PathLike[str] | None = None
+    ) -> dict[str, float]:
+        """loss (nats per token), perplexity and tokens of the latest weights, or of
+        checkpoint_path.
+
+        data: as for prepare_data, or a list of texts; None = the validation data, or the training
+        data where there are none.
+        """
+        from rwkvtune.evaluation.perplexity import evaluate
+        from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
+
+        tokens = self._tokens_of(data)
+        model = self._load(checkpoint_path)
+        found = evaluate(
+            model,
+            tokens,
+            ctx_len=self.model_config.ctx_len,
+            batch_size=self.training_config.micro_bsz,
+            device=next(model.parameters()).device,
+            loss_head=lambda hidden, weight, targets: head_cross_entropy(
+                hidden, weight, targets=targets, l2wrap=0.0
+            ),
+            reset_at_documents=self.training_config.reset_at_documents,
+        )
+        return {"loss": found.loss, "perplexity": found.perplexity, "tokens": found.tokens}
+
+    def _tokens_of(self, data: Any) -> np.ndarray:
+        """[n] ids of data that evaluate was given."""
+        if data is None:
+            dataset = self._need_data()
+            return BinIdx(dataset.val_prefix or dataset.prefix).tokens
+        if isinstance(data, list) and data and all(isinstance(text, str) for text in data):
+            return self.tokenizer.encode_documents(data).ids
+        sequences = sequences_of(data)
+        sequences.check_fits(self.tokenizer)
+        texts = [" ".join(map(str, row.tolist())) for row in sequences.rows]
+        return self.tokenizer.encode_documents(texts).ids
+
+    def _load(self, checkpoint_path: str | os.PathLike[str] | None) -> Any:
+        import torch
+
+        from rwkvtune.inference.load import load_model
+
+        path = newest_weights(self.output_dir) if checkpoint_path is None else Path(checkpoint_path)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = load_model(path.expanduser(), device=device)
+        if model.config.vocab_size < self.tokenizer.vocab_size:
+            raise UserError(
+                f"{path} has {model.config.vocab_size} rows, the tokenizer {self.tokenizer.name} "
+                f"needs {self.tokenizer.vocab_size}: give the tokenizer it was trained with"
+            )
+        return model
+
+    def _prepare(self, write: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+        """Have the files written into data/ and take them up.
+
+        Under a run in out/ only the very same files may be written: it could not go on with others.
+        """
+        if self._has_run() and self._dataset is not None:
+            with tempfile.TemporaryDirectory(dir=self.data_dir) as folder:
+                made = write(Path(folder))["binidx_prefix"]
+                if not filecmp.cmp(f"{made}.bin", f"{self._dataset.prefix}.bin", shallow=False):
+                    raise UserError(
+                        f"{self.output_dir} holds a run on other data, {self._dataset.prefix}.bin, "
+                        "which it needs to go on: use another work_dir for these data, or begin "
+                        "again with initialize_model(force=True), which keeps the old weights"
+                    )
+        result = write(self.data_dir)
+        self._dataset = _Dataset(
+            str(Path(result["binidx_prefix"]).resolve()),
+            result["total_tokens"],
+            result["num_sequences"],
+            result["magic_prime"],
+            result["total_tokens"],
+            result["val_prefix"] and str(Path(result["val_prefix"]).resolve()),
+            result["val_tokens"],
+        )
+        self._save_config()
+        kept = result["val_sequences"]
+        print(
+            f"prepared {result['num_sequences']} sequences, {result['total_tokens']} tokens"
+            + (f"; {kept} more are kept for validation" if kept else "")
+        )
+        return result
+
+    def _need_data(self) -> _Dataset:
+        if self._dataset is None:
+            raise UserError(
+                f"{self.work_dir} has no data yet: call prepare_data, prepare_data_from_jsonl or "
+                "use_existing_data first, or give train the data"
+            )
+        return self._dataset
+
+    def _check_rows(
+        self, detected: DetectedModelConfig, checkpoint_path: str | os.PathLike[str]
+    ) -> None:
+        needed, rows = self.tokenizer.vocab_size, detected.vocab_size
+        if needed > rows:
+            raise UserError(
+                f"the tokenizer needs {needed} rows and {checkpoint_path} has {rows}: use a "
+                f"tokenizer of at most {rows} ids, such as IntegerTokenizer(max_value={rows - 2}), "
+                "or a checkpoint with more rows"
+            )
+        if needed < rows:
+            print(f"the tokenizer has {needed} ids, the checkpoint {rows} rows: the rest is unused")
+
+    def _has_run(self) -> bool:
+        """Whether training has begun in out/."""
+        names = ("rwkv-final.pth", "resume/*")
+        started = any(next(self.output_dir.glob(name), None) for name in names)
+        return started or bool(numbered_weights(self.output_dir))
+
+    def _epochs_done(self) -> int:
+        numbered = numbered_weights(self.output_dir)
+        return numbered[-1][0] + 1 if numbered else 0
+
+    def _set_seed(self, random_seed: int) -> None:
+        if random_seed != -1:
+            self.seed = random_seed
+            self._save_config()
+
+    def _train_config(self, num_epochs: int, *, init_only: bool = False) -> TrainConfig:
+        """Everything that the trainer is to be told."""
+        dataset = self._need_data()
+        self.model_config = _with_rows_for(self.tokenizer, checked(self.model_config))
+        self.training_config = checked(self.training_config)
+        self._save_config()
+        flat: dict[str, Any] = {
+            **self.model_config.settings(),
+            **self.training_config.settings(),
+            "data_file": dataset.prefix,
+            "val_data_file": dataset.val_prefix or "",
+            "order": "shuffled",
+            "epoch_count": num_epochs,
+            "proj_dir": str(self.output_dir),
+            "random_seed": self.seed,
+            "init_only": init_only,
+            "wandb": self.wandb_project or "",
+        }
+        return in_even_batches(TrainConfig.from_flat(flat), dataset.total_tokens)
+
+    def _choose_tokenizer(
+        self, given: Tokenizer | str | None, stored: Mapping[str, Any]
+    ) -> Tokenizer:
+        """The given one or the folder's; prepared data are dropped where the two differ."""
+        known = stored.get("tokenizer")
+        if given is None:
+            return as_tokenizer(None) if known is None else self._stored_tokenizer(known)
+        chosen = as_tokenizer(given)
+        if known is not None and _tokenizer_to_config(chosen) != known and self._dataset:
+            if self._has_run():
+                raise UserError(
+                    f"{self.work_dir} holds a run with another tokenizer, {known}: leave tokenizer "
+                    "out to go on with it, or choose another work_dir"
+                )
+            print(f"another tokenizer than before ({known}): the data have to be prepared again")
+            self._dataset = None
+        return chosen
+
+    def _stored_tokenizer(self, known: Any) -> Tokenizer:
+        where = str(self.config_dir / "config.json")
+        kind = known.get("kind") if isinstance(known, dict) else None
+        if kind == "custom":
+            raise UserError(
+                f"{where}: this pipeline was made with a tokenizer of your class "
+                f"{known.get('class')}: give tokenizer=..."
+            )
+        if kind == "vocab":
+            return GenericTokenizer(self.data_dir / "vocab.txt", int(known.get("vocab_size", 0)))
+        return tokenizer_from_json(known, where)
+
+    def _read_config(self) -> dict[str, Any]:
+        """What an earlier pipeline has stored in configs/config.json; empty when there is none."""
+        path = self.config_dir / "config.json"
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{path}: no configuration of a pipeline")
+        kinds: dict[str, Any] = {
+            "model": ModelConfig,
+            "training": TrainingConfig,
+            "data": DataConfig,
+        }
+        configs = {
+            name: config_from_json(kind, content[name], str(path))
+            for name, kind in kinds.items()
+            if name in content
+        }
+        dataset = content.get("dataset")
+        if dataset is not None:
+            try:
+                dataset = _Dataset(**dataset)
+            except TypeError as error:
+                raise UserError(f"{path}: dataset: {error}") from None
+            for name in ("prefix", "val_prefix"):
+                if relative := getattr(dataset, name):
+                    setattr(dataset, name, str(self.work_dir / relative))
+            if not Path(dataset.prefix + ".idx").exists():
+                raise MissingFileError(
+                    f"{path} names the token files {dataset.prefix}.bin and .idx, which are not "
+                    "there: put them back, or remove `dataset` from that file and prepare the data "
+                    "again"
+                )
+        return {**content, **configs, "dataset": dataset}
+
+    def _save_config(self) -> None:
+        """Keep in configs/config.json, and data/vocab.txt, all that the next object needs."""
+        dataset = None
+        if self._dataset is not None:
+            dataset = dataclasses.asdict(self._dataset)
+            for name in ("prefix", "val_prefix"):
+                if dataset[name] and Path(dataset[name]).is_relative_to(self.work_dir):
+                    # A folder that is moved takes its data along.
+                    dataset[name] = str(Path(dataset[name]).relative_to(self.work_dir))
+        tokenizer = _tokenizer_to_config(self.tokenizer)
+        content = {
+            "model": dataclasses.asdict(self.model_config),
+            "training": dataclasses.asdict(self.training_config),
+            "data": dataclasses.asdict(self.data_config),
+            "wandb_project": self.wandb_project,
+            "vocab_size": self.tokenizer.vocab_size,
+            "tokenizer": tokenizer,
+            "seed": self.seed,
+            "dataset": dataset,
+        }
+        if tokenizer["kind"] == "vocab":
+            save_vocab(self.tokenizer, self.data_dir / "vocab.txt")
+        text = json.dumps(content, indent=2) + "\n"
+        atomic_write(self.config_dir / "config.json", lambda file: file.write(text.encode()))
+
+
+def _tokenizer_to_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    content = tokenizer.to_json()
+    return {name: value for name, value in content.items() if name != "lines"}
+
+
+def _with_rows_for(tokenizer: Tokenizer, model: ModelConfig, *, before: int = 0) -> ModelConfig:
+    """The model with at least a row for each id; UserError for a size of the user's own that is too
+    small.
+
+    before: the size of the tokenizer that was there before.
+    """
+    needed = tokenizer.vocab_size
+    is_own = model.vocab_size not in (ModelConfig.vocab_size, before)
+    if is_own and model.vocab_size < needed:
+        raise UserError(
+            f"ModelConfig: vocab_size={model.vocab_size} is less than the {needed} ids of the "
+            f"tokenizer {tokenizer.name}: leave it out, or give {needed} or more"
+        )
+    return dataclasses.replace(model, vocab_size=model.vocab_size if is_own else needed)
+
+
+def _free_name(folder: Path) -> Path:
+    number = 1
+    while (free := folder.with_name(f"{folder.name}-{number}")).exists():
+        number += 1
+    return free
