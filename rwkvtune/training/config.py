@@ -85,7 +85,8 @@ class DataOptions:
     reset_at_documents: bool = False
     """Start each document of a window from a zero state; upstream lets state flow through."""
     tokenizer: str = ""
-    """bytes, world, a tokenizer.json or vocabulary file; empty = the data's. For samples, bits/byte."""
+    """bytes, world, a tokenizer.json or a vocabulary file; empty = the one beside the data. For
+    samples and bits per byte."""
 
 
 @dataclass(frozen=True)
