@@ -78,7 +78,7 @@ class DataOptions:
     reset_at_documents: bool = False
     """Start each document of a window from a zero state; upstream lets state flow through."""
     tokenizer: str = ""
-    """bytes, world, a tokenizer.json or vocabulary file; empty = the data's. For samples, bits/byte."""
+    """bytes, world, or a file that keeps one; empty = the data's. For samples, bits/byte."""
 
 
 @dataclass(frozen=True)
