@@ -200,6 +200,7 @@ def weights_text(facts: Mapping[str, Any]) -> str:
         heads = dimensions["num_heads"]
         lines["head_size"] = f"{dimensions['head_size']} ({heads} head{'s' * (heads > 1)})"
         lines["dim_ffn"] = f"{dimensions['dim_ffn']} ({times:g} x n_embd)"
+    if facts.get("ranks"):
         lines["ranks"] = ", ".join(f"{name} {size}" for name, size in facts["ranks"].items())
     lines["dtype"] = ", ".join(
         name if len(dtypes) == 1 else f"{name} ({count:,} parameters)"

@@ -288,11 +288,9 @@ def test_legacy_files_are_told_too(
 
 
 @pytest.mark.parametrize("version", ["x052", "x060"])
-def test_older_versions_are_told_by_name(
+def test_older_versions_are_told_in_full(
     golden: Path, version: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if version in CONFIGS:
-        pytest.skip("trained, so told in full")
     shapes = json.loads((golden / "optimizer_groups.json").read_text())[version]["shapes"]
     save_weights(tmp_path / "w.pth", {n: torch.zeros(s).bfloat16() for n, s in shapes.items()})
     assert main([str(tmp_path / "w.pth"), "--tensors"]) == 0
@@ -302,8 +300,9 @@ def test_older_versions_are_told_by_name(
     assert f"version     {name}\n" in told
     assert f"n_layer     {layers}\nn_embd      {n_embd}\nvocab_size  {vocab_size}\n" in told
     assert f"{sum(torch.Size(s).numel() for s in shapes.values()):,} = " in told
-    assert "this version of rwkvtune trains x070" in told and "tune.yaml" not in told
-    assert "blocks.*.att.time_decay " in told
+    assert ("ranks       mix 32, decay 64\n" in told) == (version == "x060")
+    assert ("ranks" in told) == (version == "x060") and "tune.yaml" in told
+    assert "blocks.*.att.time_decay " in told and "0.7 + 1.3 * r0" in told
 
 
 @pytest.mark.parametrize(
