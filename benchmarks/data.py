@@ -4,10 +4,10 @@
 
 The text is the bundled Shakespeare with some text of other scripts, again and again, as one .txt
 and as .jsonl of 3,000 characters a document. Measured are megabytes of text per second with one
-process and with two, from the call to the finished files; the same for a plain loop of the kind of
-RWKV-LM's make_data over the trie tokenizer of the `rwkv` package, in turns with ours; and peak
-memory for two sizes of text. Each measurement is a process of its own, whose peak would otherwise
-never fall.
+process and with two, from the call to the finished files; the same, in turns with ours, for a plain
+loop of the kind of RWKV-LM's make_data over the trie tokenizer of the `rwkv` package, and for the
+World tokenizer's library alone; and peak memory for two sizes of text. Each measurement is a
+process of its own, whose peak would otherwise never fall.
 """
 
 from __future__ import annotations
@@ -106,6 +106,21 @@ def plain_loop(path: Path) -> float:
     return text_bytes / (time.perf_counter() - begin) / 1e6
 
 
+def bare_encode(path: Path) -> float:
+    """Megabytes per second of the World tokenizer's library alone, on the first 32 MB of a .txt."""
+    from pyrwkv_tokenizer import RWKVTokenizer
+
+    rust = RWKVTokenizer()
+    rust.encode("loads what it needs only to encode")
+    with open(path, encoding="utf-8") as file:
+        pieces = list(iter(lambda: file.read(1 << 20), ""))[:32]
+    begin = time.perf_counter()
+    for piece in pieces:
+        rust.encode(piece)
+    taken = time.perf_counter() - begin
+    return sum(len(piece.encode()) for piece in pieces) / taken / 1e6
+
+
 def apart(work: Callable[..., T], *arguments: Any) -> T:
     """In a fresh process, which may have children of its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -115,9 +130,10 @@ def apart(work: Callable[..., T], *arguments: Any) -> T:
 def measure_speed(paths: dict[str, Path], repeats: int) -> list[dict[str, Any]]:
     cases = [(kind, workers) for kind in paths for workers in (1, 2)]
     runs: dict[tuple[str, int], list[dict[str, float]]] = {case: [] for case in cases}
-    plain = []
+    plain, bare = [], []
     for _ in range(repeats):
         plain.append(apart(plain_loop, paths[".jsonl"]))
+        bare.append(apart(bare_encode, paths[".txt"]))
         for kind, workers in cases:
             runs[kind, workers].append(apart(build, paths[kind], workers, {}))
     rows = []
@@ -135,8 +151,14 @@ def measure_speed(paths: dict[str, Path], repeats: int) -> list[dict[str, Any]]:
             per_cpu = [result["megabytes_per_cpu_s"] for result in results]
             row["megabytes_per_cpu_s"] = round(statistics.median(per_cpu), 1)
         row["ratio_to_plain_loop"] = round(statistics.median(speeds) / statistics.median(plain), 1)
+        row["ratio_to_bare_encode"] = round(statistics.median(speeds) / statistics.median(bare), 2)
         rows.append(row)
-    rows.append({"plain_loop_megabytes_per_s": round(statistics.median(plain), 2)})
+    rows.append(
+        {
+            "plain_loop_megabytes_per_s": round(statistics.median(plain), 2),
+            "bare_encode_megabytes_per_s": round(statistics.median(bare), 1),
+        }
+    )
     return rows
 
 
