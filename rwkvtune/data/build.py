@@ -180,7 +180,7 @@ def _look_first(
 ) -> tuple[Tokenizer, int | None]:
     """The tokenizer; and the character at which the only document is to be cut, None for several or
     for none to be cut. Reads the text where that is not known without."""
-    wants_characters = tokenizer == "chars" and not Path("chars").exists()
+    wants_characters = tokenizer == "chars"
     if isinstance(tokenizer, str) and not wants_characters:
         try:
             tokenizer = load_tokenizer(tokenizer)

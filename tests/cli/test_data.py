@@ -201,7 +201,7 @@ def test_what_could_move_the_cursor_is_escaped() -> None:
 
 BUILD = ["build", "a.txt", "--output", "x", "--tokenizer", "bytes"]
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "command": (["buil"], "unknown command 'buil' of rwkvtune data: did you mean build?"),
+    "command": (["bbuild"], "unknown command 'bbuild' of rwkvtune data: did you mean build?"),
     "another command": (["xyzzy"], "there are build, inspect"),
     "flag": ([*BUILD, "--val_shar", "0.1"], "unknown flag --val_shar (did you mean --val_share?)"),
     "flag for a needed one": (["build", "a.txt", "--outptu", "x"], "did you mean --output?"),
