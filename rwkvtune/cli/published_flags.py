@@ -7,7 +7,6 @@ below, which have another name or another meaning here.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,15 +124,13 @@ V5_TREE = (
     _warns("my_att_shift", int, 1, "RWKV-LM does not use it either"),
 )  # fmt: skip
 
-V5_TREE_SETTINGS = ("layerwise_lr", "weight_decay_final")
-"""Settings of ours that only the v5 tree has as flags, under these names."""
+V5_ONLY = frozenset({flag.name for flag in V5_TREE} | {"layerwise_lr", "weight_decay_final"})
+"""Names that only the v5 tree has; the last two are settings of ours."""
 
 TRAIN_TEMP = (
     Flag("train_stage", int, 0, "0: train; 1: write rwkv-init.pth; 2 and 3: go on with the newest "
          "in proj_dir"),
 )  # fmt: skip
-
-TRAIN_TEMP_SETTINGS = ("head_size", "head_chunk", "kernel")
 
 _NO_LIMIT = "the length of a run is set by epoch_steps, epoch_count and my_exit_tokens"
 _OURS = "rwkvtune has its own: see README"
@@ -212,8 +209,7 @@ def main(argv: list[str]) -> int:
 
 def family_of(given: Collection[str]) -> Family:
     """Whose defaults apply."""
-    v5_only = {flag.name for flag in V5_TREE} | set(V5_TREE_SETTINGS)
-    return "v5 tree" if v5_only & set(given) else "train_temp"
+    return "v5 tree" if V5_ONLY.intersection(given) else "train_temp"
 
 
 def make_parser(family: Family = "train_temp") -> OneLineParser:
@@ -286,7 +282,7 @@ def translate(
     _set_length(settings, published, given, staged=family == "train_temp" or stage > 0)
     _set_schedule(settings, published, given, family)
     _set_stage(settings, stage, family, given, notes)
-    chosen_by = sorted(set(given) & ({f.name for f in V5_TREE} | set(V5_TREE_SETTINGS)))
+    chosen_by = sorted(V5_ONLY.intersection(given))
     rows = [
         (
             "flags",
@@ -419,7 +415,3 @@ def _stage_in_words(stage: int, family: Family) -> str:
     if family == "v5 tree" and stage == 2:
         text += ", small parameters at 5 x lr"
     return text + (", windows at random" if family == "v5 tree" and stage in (0, 4) else "")
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -248,12 +248,10 @@ def _prepare(config: TrainConfig, world_size: int, device: torch.device, notes: 
 def _write_initial_weights(config: TrainConfig, job: _Job, rows: Sequence[tuple[str, str]]) -> None:
     """rwkv-init.pth and the tokenizer, and nothing else."""
     folder, start = Path(config.output.proj_dir), job.start
-    memory = PeakMemory("cpu")
     log = RunLog(folder, total_steps=0)
     for note in job.notes:
         log.line(note)
-    of_weights = ("model", "parameters", "start", "data", "run folder")
-    log.table([*rows, *(row for row in _table(config, job, memory) if row[0] in of_weights)])
+    log.table([*rows, *_weights_rows(config, job), ("run folder", config.output.proj_dir)])
     with RunFolderLock(folder):
         weights = _build_model(config, start).state_dict()
         save_weights(folder / "rwkv-init.pth", weights, dtype=config.output.save_dtype)
@@ -447,14 +445,7 @@ def _table(config: TrainConfig, job: _Job, memory: PeakMemory) -> list[tuple[str
     plan, start, data = job.plan, job.start, job.data
     m, d = start.model_config, config.device
     return [
-        (
-            "model",
-            f"{m.version} L{m.n_layer} D{m.n_embd} V{m.vocab_size}, heads: {m.num_heads} of "
-            f"{m.head_size}",
-        ),
-        ("parameters", f"{m.num_parameters:,}"),
-        ("start", start.source),
-        ("data", f"{data.training_in_words()}, order {config.data.order}"),
+        *_weights_rows(config, job),
         ("validation", data.validation_in_words()),
         (
             "tokens per step",
@@ -471,6 +462,21 @@ def _table(config: TrainConfig, job: _Job, memory: PeakMemory) -> list[tuple[str
         ("kernel", f"{m.kernel} {job.kernel.backend} ({job.kernel.reason})"),
         ("precision", f"{d.precision}, {torch.get_num_threads()} CPU threads"),
         ("run folder", config.output.proj_dir),
+    ]
+
+
+def _weights_rows(config: TrainConfig, job: _Job) -> list[tuple[str, str]]:
+    """What a run and the writing of its initial weights both print."""
+    m = job.start.model_config
+    return [
+        (
+            "model",
+            f"{m.version} L{m.n_layer} D{m.n_embd} V{m.vocab_size}, heads: {m.num_heads} of "
+            f"{m.head_size}",
+        ),
+        ("parameters", f"{m.num_parameters:,}"),
+        ("start", job.start.source),
+        ("data", f"{job.data.training_in_words()}, order {config.data.order}"),
     ]
 
 
