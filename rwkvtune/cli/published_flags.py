@@ -202,9 +202,10 @@ def main(argv: list[str]) -> int:
     given = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
     family = family_of(given)
     parser = make_parser(family)
-    values = parse_settings(parser, _as_ours(argv))
+    args, spelled = as_ours(argv)
+    values = parse_settings(parser, args)
     config, notes, rows = translate(values, given, family)
-    return start(config, notes=notes, rows=rows)
+    return start(config, notes=[*spelled, *notes], rows=rows)
 
 
 def family_of(given: Collection[str]) -> Family:
@@ -228,29 +229,46 @@ def make_parser(family: Family = "train_temp") -> OneLineParser:
     return parser
 
 
-def _as_ours(argv: Sequence[str]) -> list[str]:
-    """Values of shared names that RWKV-LM and Lightning spell in another way."""
-    spellings = {
-        "kernel": {"": "auto", "@rwkv3": "auto"},
-        "devices": {"-1": "auto"},
-        "strategy": {
-            "deepspeed_stage_2_offload": "deepspeed_stage_2",
-            "deepspeed_stage_3_offload": "deepspeed_stage_3",
-            "deepspeed": "deepspeed_stage_2",
-        },
-        "load_model": {"0": ""},
-        **dict.fromkeys(("vocab_size", "dim_ffn"), {"0": "null"}),
-    }
+SPELLINGS: dict[str, dict[str, str]] = {
+    "kernel": {"": "auto", "@rwkv3": "auto"},
+    "devices": {"-1": "auto"},
+    "strategy": {
+        "deepspeed": "deepspeed_stage_2",
+        "deepspeed_stage_2_offload": "deepspeed_stage_2",
+        "deepspeed_stage_3_offload": "deepspeed_stage_3",
+    },
+    "load_model": {"0": ""},
+    **dict.fromkeys(("vocab_size", "dim_ffn"), {"0": "null"}),
+}
+"""Values of shared names that RWKV-LM and Lightning spell in another way."""
+NOT_THE_SAME = {
+    "@rwkv3": "rwkvtune chooses its kernel itself",
+    "deepspeed_stage_2_offload": "runs as deepspeed_stage_2, nothing is moved to the CPU",
+    "deepspeed_stage_3_offload": "runs as deepspeed_stage_3, nothing is moved to the CPU",
+}
+"""Those that ask for more than their spelling here does, and what happens instead."""
+
+
+def as_ours(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The same arguments in our spelling, and a line for each that does something else here."""
     result: list[str] = []
+    notes: list[str] = []
+
+    def add(name: str, value: str) -> None:
+        result.append(SPELLINGS[name].get(value, value))
+        if value in NOT_THE_SAME:
+            notes.append(f"{name}={value}: {NOT_THE_SAME[value]}")
+
     for arg in argv:
         name, equals, value = arg.partition("=")
-        if equals and name[2:] in spellings:
-            result += [name, spellings[name[2:]].get(value, value)]
-        elif result and result[-1][:2] == "--" and result[-1][2:] in spellings:
-            result.append(spellings[result[-1][2:]].get(arg, arg))
+        if equals and name[2:] in SPELLINGS:
+            result.append(name)
+            add(name[2:], value)
+        elif result and result[-1][:2] == "--" and result[-1][2:] in SPELLINGS:
+            add(result[-1][2:], arg)
         else:
             result.append(arg)
-    return result
+    return result, notes
 
 
 def translate(

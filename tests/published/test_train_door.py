@@ -18,7 +18,7 @@ import torch
 from rwkvtune.checkpoint import load_weights, save_weights
 from rwkvtune.cli import published_flags
 from rwkvtune.cli.main import guarded
-from rwkvtune.cli.published_flags import FLAGS, family_of, make_parser, translate
+from rwkvtune.cli.published_flags import FLAGS, as_ours, family_of, make_parser, translate
 from rwkvtune.cli.train import parse_settings
 from rwkvtune.errors import UserError
 from rwkvtune.models import RWKV7Config, build_model, recognise_version
@@ -74,9 +74,10 @@ def config_of(*argv: str) -> tuple[TrainConfig, list[str], dict[str, str]]:
     """Settings, notes and table rows that the door makes of published flags."""
     given = {arg[2:].partition("=")[0] for arg in argv if arg.startswith("--")}
     family = family_of(given)
-    values = parse_settings(make_parser(family), published_flags._as_ours(argv))
+    args, spelled = as_ours(argv)
+    values = parse_settings(make_parser(family), args)
     config, notes, rows = translate(values, given, family)
-    return config, notes, dict(rows)
+    return config, [*spelled, *notes], dict(rows)
 
 
 def settings_of(*argv: str) -> dict[str, Any]:
@@ -141,6 +142,14 @@ def test_what_has_no_effect_is_said(flag: published_flags.Flag) -> None:
     value = "7" if flag.kind is not str else "other"
     _, notes, _ = config_of("--data_file", "data/x", f"--{flag.name}", value)
     assert notes == [f"{flag.name}={flag.kind(value)} does nothing: {flag.effect}"]
+
+
+def test_a_kernel_or_offload_that_is_not_there_is_said() -> None:
+    for strategy in (["--strategy", "deepspeed_stage_2_offload"], ["--strategy=deepspeed_stage_2"]):
+        config, notes, _ = config_of("--data_file", "x", "--kernel", "@rwkv3", *strategy)
+        assert (config.device.kernel, config.device.strategy) == ("auto", "deepspeed_stage_2")
+        assert notes[0] == "kernel=@rwkv3: rwkvtune chooses its kernel itself"
+        assert ("nothing is moved to the CPU" in " ".join(notes)) == ("offload" in strategy[-1])
 
 
 def test_all_that_is_refused_is_told_at_once() -> None:
