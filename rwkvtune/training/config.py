@@ -347,17 +347,27 @@ MAY_CHANGE_AT_RESUME = frozenset(
 """Settings that may differ from the interrupted run's; micro_bsz and accumulation only at one
 global batch size, which is compared too."""
 
+CONTENT_OF = {"data_file": "data", "val_data_file": "val_data"}
+"""Settings that may be another path to the same content -> what a run records of that content."""
+
 
 def changes_refused(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The settings that differ between an interrupted run and this one although they must not.
 
-    A setting that the interrupted run's version did not know counts as left at its default.
+    A setting that the interrupted run's version did not know counts as left at its default; what
+    else it did not record is not compared.
     """
     before = TrainConfig().to_flat() | dict(before)
+    moved = [
+        path
+        for path, content in CONTENT_OF.items()
+        if content in before and before[content] == now[content]
+    ]
     return [
-        f"{name}: {before.get(name)!r} -> {now[name]!r}"
+        f"{name}: {before[name]!r} -> {now[name]!r}"
         for name in now
-        if name not in MAY_CHANGE_AT_RESUME and before.get(name) != now[name]
+        if name in before and before[name] != now[name]
+        if name not in MAY_CHANGE_AT_RESUME and name not in moved
     ]
 
 

@@ -408,6 +408,7 @@ def _settings(config: TrainConfig, plan: Plan, model: ModelConfig, data: LMData)
         "epoch_steps": plan.epoch_steps,
         "global_bsz": plan.global_bsz,
         "data": data.fingerprint,
+        "val_data": data.validation_fingerprint,
         "version": model.version,
         "model": dataclasses.asdict(model),
     }
