@@ -57,17 +57,17 @@ class LMData:
     def fingerprint(self) -> str:
         """Tells other training data under the same names, and the same under others: lengths,
         checksums over both ends, and shares in a mixture."""
-        parts = map(_fingerprint, self.training)
+        parts = [_fingerprint(file) for file in self.training]
         if isinstance(self.dataset, MixedDataset):
-            parts = (f"{s:.9g} of {p}" for s, p in zip(self.dataset.shares, parts, strict=True))
+            parts = [f"{s:.9g} of {p}" for s, p in zip(self.dataset.shares, parts, strict=True)]
         return "; ".join(parts)
 
     @property
     def validation_fingerprint(self) -> str:
         """The same of the validation data."""
-        parts = map(_fingerprint, self.validation)
+        parts = [_fingerprint(file) for file in self.validation]
         if self.validation_weights:
-            parts = (f"{w} x {p}" for w, p in zip(self.validation_weights, parts, strict=True))
+            parts = [f"{w} x {p}" for w, p in zip(self.validation_weights, parts, strict=True)]
         return "; ".join(parts)
 
     def training_in_words(self) -> str:
