@@ -35,6 +35,10 @@ class ModelOptions:
 
     version: Version | None = None
     """RWKV version: x052 is RWKV-5.2, x060 RWKV-6, x070 RWKV-7 (x070 for a fresh model)."""
+    model_config: str = ""
+    """Preset: 1.5b, RWKV7-1.5B or a JSON file (rwkvtune configs list). It names the weights unless
+    load_model does, its dimensions must be theirs, and its recommended ctx_len, micro_bsz and
+    lr_init (and a tenth of it as lr_final) hold where no others are given."""
     load_model: str = ""
     """Weights to start from: an upstream .pth or a .safetensors file; empty = initial values."""
     n_layer: int | None = None
@@ -340,7 +344,7 @@ MAY_CHANGE_AT_RESUME = frozenset(
         *("epoch_count", "exit_tokens", "micro_bsz", "accumulate_grad_batches"),
         *("accelerator", "devices", "num_nodes", "strategy"),
         *("epoch_save", "save_every", "keep_last", "log_every", "val_every", "sample_every"),
-        "log_layers",
+        *("log_layers", "model_config"),  # what a preset stands for is compared by itself
         *("tensorboard", "wandb", "resume", "proj_dir", "epoch_samples", "restart_warmup_steps"),
     }
 )
