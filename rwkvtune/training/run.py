@@ -60,7 +60,11 @@ class RunData(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Tells other data under the same names."""
+        """Tells other training data under the same names, and the same under others."""
+
+    @property
+    def validation_fingerprint(self) -> str:
+        """The same of the validation data."""
 
     def check(self, vocab_size: int) -> None:
         """UserError for data that a model of this vocabulary cannot be trained or validated on."""
@@ -393,6 +397,7 @@ def _settings(config: TrainConfig, plan: Plan, model: ModelConfig, data: RunData
         "epoch_steps": plan.epoch_steps,
         "global_bsz": plan.global_bsz,
         "data": data.fingerprint,
+        "val_data": data.validation_fingerprint,
         "version": model.version,
         "model": dataclasses.asdict(model),
     }
@@ -467,6 +472,7 @@ def _weights_rows(config: TrainConfig, job: _Job) -> list[tuple[str, str]]:
     """What a run and the writing of its initial weights both print."""
     m = job.start.model_config
     return [
+        *starting_point.preset_rows(config),
         (
             "model",
             f"{m.version} L{m.n_layer} D{m.n_embd} V{m.vocab_size}, heads: {m.num_heads} of "
