@@ -86,8 +86,8 @@ def open_data(config: SFTConfig, notes: list[str]) -> ChatData:
     d, folder = config.data, Path(config.output.proj_dir)
     if not (_weights(config) or config.model.n_layer or contents(folder)):
         raise UserError(
-            "load_model is missing: give the weights to start from (a .pth or .safetensors file), a "
-            "preset (model_config), or n_layer and n_embd for a fresh model"
+            "load_model is missing: give the weights to start from (.pth, .safetensors), a preset "
+            "(model_config), or n_layer and n_embd for a fresh model"
         )
     tokenizer = _tokenizer(config, notes)
     template = _template(config)
