@@ -4,6 +4,7 @@ against transformers' own rendering."""
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ MARKED = (
     "  {%- else %}\n{{ m.role | title }}: {{ m.content }}\n  {%- endif %}\n{%- endfor %}"
     "{% if add_generation_prompt %}Bot: {% endif %}"
 )
+
+
+def conversation(record: dict[str, Any]) -> list[Message]:
+    found = messages_of(record)
+    assert isinstance(found, list)
+    return found
 
 
 def bytes_and_mask(template: str, messages: list[Message]) -> tuple[list[int], list[bool]]:
@@ -113,14 +120,13 @@ def test_a_prompt_is_the_beginning_of_what_was_trained(template: str) -> None:
     ],
 )  # fmt: skip
 def test_every_form_of_a_record_gives_the_same_conversation(record: dict[str, Any]) -> None:
-    found = messages_of(record)
-    assert isinstance(found, list)
+    found = conversation(record)
     assert [(m["role"], m["content"]) for m in found] == [("user", "Q"), ("assistant", "A")]
 
 
 def test_inputs_systems_tools_and_ignored_turns_are_kept() -> None:
     alpaca = {"instruction": "Add", "input": "1 2", "output": "3", "system": "Calculate"}
-    found = messages_of(alpaca)
+    found = conversation(alpaca)
     assert [m["content"] for m in found] == ["Calculate", "Add\n1 2", "3"]
     call = {"id": "x", "function": {"name": "add", "arguments": '{"a": 1}'}}
     turns = [
@@ -129,7 +135,7 @@ def test_inputs_systems_tools_and_ignored_turns_are_kept() -> None:
         {"role": "tool", "content": "3"},
         {"role": "assistant", "content": "Three"},
     ]
-    ids, mask = bytes_and_mask("g1", list(messages_of({"messages": turns})))
+    ids, mask = bytes_and_mask("g1", conversation({"messages": turns}))
     called = '```json\n{"name": "add", "arguments": {"a": 1}}\n```'
     assert (ids, mask) == written(
         "User: 1+2\n\nAssistant:", f"+ {called}\n\n", "Tool: 3\n\nAssistant:", "+ Three", 0
@@ -137,7 +143,7 @@ def test_inputs_systems_tools_and_ignored_turns_are_kept() -> None:
     ignored = {"conversations": [{"from": "human", "value": "Q"},
                                  {"from": "gpt_ignore", "value": "A"},
                                  {"from": "gpt", "value": "B"}]}  # fmt: skip
-    assert [m.get("weight", 1) for m in messages_of(ignored)] == [1, 0, 1]
+    assert [m.get("weight", 1) for m in conversation(ignored)] == [1, 0, 1]
 
 
 def test_plain_text_is_a_document_between_two_ends(tmp_path: Path) -> None:
@@ -171,12 +177,12 @@ def test_a_bad_line_is_named_or_by_choice_skipped_and_counted(line: str, tmp_pat
     path = tmp_path / "chats.jsonl"
     good = '{"instruction": "Q", "output": "A"}\n'
     path.write_text(good + "\n" + line + "\n" + good + line + "\n")
-    arguments = (str(path), ByteTokenizer(), load_template("g1"))
+    read = partial(read_samples, str(path), ByteTokenizer(), load_template("g1"), ctx_len=64)
     with pytest.raises(UserError) as caught:
-        read_samples(*arguments, ctx_len=64, on_bad_sample="error")
+        read(on_bad_sample="error")
     assert str(caught.value).startswith(f"{path}: line 3: ") and BAD[line] in str(caught.value)
     assert "\n" not in str(caught.value)
-    samples, skipped = read_samples(*arguments, ctx_len=64, on_bad_sample="skip")
+    samples, skipped = read(on_bad_sample="skip")
     assert len(samples) == 2 and len(skipped) == 2
     assert samples.places == [f"{path}: line 1", f"{path}: line 4"]
     [told] = skipped.lines()
@@ -207,7 +213,7 @@ def transformers_spans(source: str, messages: list[Message]) -> tuple[str, list[
 
 
 def ours(source: str, messages: list[Message]) -> tuple[str, list[list[int]]]:
-    text, spans = "", []
+    text, spans = "", list[list[int]]()
     for piece in JinjaTemplate(source, "test").pieces(messages):
         begin, text = len(text), text + (END_MARK if piece.text is None else piece.text)
         if piece.trained and spans and spans[-1][1] == begin:
