@@ -53,19 +53,12 @@ PROGRAMS_PER_PROCESSOR = 2
 SEGMENT_CHUNKS = 16
 """A segment has at least so many chunks: its two extra runs cost as much as its own one."""
 
-PRECISIONS = {"default": "tf32", "high": "tf32x3", "exact": "ieee", "bf16": "bf16"}
-"""What the operands of matrix products are rounded to, by the name a user gives."""
-
 SCALE = tl.constexpr(LOG_DECAY_SCALE)
 
 
 @triton.jit
 def _dot(x, y, PRECISION: tl.constexpr):
-    if PRECISION == "bf16":
-        product = tl.dot(x.to(tl.bfloat16), y.to(tl.bfloat16))
-    else:
-        product = tl.dot(x, y, input_precision=PRECISION)
-    return product
+    return tl.dot(x, y, input_precision=PRECISION)
 
 
 @triton.jit
@@ -375,12 +368,22 @@ def wkv7_triton(
     """Run the recurrence on a GPU; arguments and results as `rwkvtune.kernels.wkv7.wkv7`, without
     fp64.
 
-    precision: a name of PRECISIONS.  chunk_len: 16, 32 or 64.
+    precision: what matrix products round their operands to. "high": as exact as fp32; "default":
+        tf32 for 16-bit inputs and where torch may use it for fp32 ones, else as high.
+    chunk_len: 16, 32 or 64.
     """
-    result: tuple[Tensor, Tensor] = _Wkv7.apply(
-        r, w, k, v, a, b, state, reset, PRECISIONS[precision], chunk_len
-    )
+    assert precision in ("default", "high"), precision
+    operands = _operands(r.dtype, precision)
+    result: tuple[Tensor, Tensor] = _Wkv7.apply(r, w, k, v, a, b, state, reset, operands, chunk_len)
     return result
+
+
+def _operands(dtype: torch.dtype, precision: str) -> str:
+    """Triton's name for a precision. AMD's matrix units know no tf32."""
+    if torch.version.hip:
+        return "ieee"
+    may_round = dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if precision == "default" and may_round else "tf32x3"
 
 
 class _Wkv7(torch.autograd.Function):
@@ -407,11 +410,9 @@ class _Wkv7(torch.autograd.Function):
         inverse = r.new_empty(
             shape.B, shape.H, shape.chunks, chunk_len, chunk_len, dtype=torch.float32
         )
-        _invert[shape.parallel](
-            w, a, b, inverse, reset, shape.T, shape.H, shape.chunks, **common
-        )
+        _invert[shape.parallel](w, a, b, inverse, reset, shape.T, shape.H, shape.chunks, **common)
         y = torch.empty_like(r)
-        short = r.dtype != torch.float32 and precision in ("tf32", "bf16")
+        short = r.dtype != torch.float32 and precision == "tf32"
         kept_as = torch.bfloat16 if short else torch.float32
         states = shape.states(r, shape.chunks, kept_as) if keep else None
         sequential = common | {"VALUES": shape.N // shape.parts}
