@@ -18,7 +18,7 @@ from rwkvtune.data.binidx import BinIdx
 from rwkvtune.data.build import Built, build_token_files
 from rwkvtune.data.sampler import magic_prime
 from rwkvtune.data.tokenizers import Tokenizer, load_tokenizer
-from rwkvtune.data.tokenizers.custom import BaseTokenizer, save_vocab
+from rwkvtune.data.tokenizers.custom import BaseTokenizer
 from rwkvtune.data.tokenizers.integers import IntegerTokenizer, whole_number
 from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.files import atomic_write
@@ -330,11 +330,7 @@ class DataPipeline:
         """Paths, and num_sequences and total_tokens for training; val_* is None without a share for
         validation."""
         vocab_path = Path(jsonl_path).with_name("vocab.txt")
-        save = getattr(self.tokenizer, "save_vocab", None)
-        if save is None:
-            save_vocab(self.tokenizer, vocab_path)
-        else:
-            save(vocab_path)
+        self.tokenizer.save_vocab(vocab_path)
         train, validation = built.train, built.validation
         return {
             "jsonl_path": jsonl_path,

@@ -25,7 +25,6 @@ from rwkvtune.data.sequences import (
     sequences_of,
 )
 from rwkvtune.data.tokenizers import END_OF_DOCUMENT, Tokenizer, tokenizer_from_json
-from rwkvtune.data.tokenizers.custom import save_vocab
 from rwkvtune.data.tokenizers.generic import GenericTokenizer
 from rwkvtune.data.tokenizers.integers import IntegerTokenizer, whole_number
 from rwkvtune.errors import MissingFileError, UserError
@@ -663,7 +662,7 @@ class RWKVTrainingPipeline:
             "dataset": dataset,
         }
         if tokenizer["kind"] == "vocab":
-            save_vocab(self.tokenizer, self.data_dir / "vocab.txt")
+            self.tokenizer.save_vocab(self.data_dir / "vocab.txt")
         text = json.dumps(content, indent=2) + "\n"
         atomic_write(self.config_dir / "config.json", lambda file: file.write(text.encode()))
 
