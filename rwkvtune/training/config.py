@@ -231,10 +231,9 @@ class TrainConfig:
         """Build one from one flat mapping of field name -> value; UserError for unknown names."""
         parts: dict[str, Any] = {}
         rest = dict(values)
-        for f in dataclasses.fields(cls):
-            options = OPTION_GROUPS[f.name]
+        for group, options in option_groups(cls).items():
             names = [g.name for g in dataclasses.fields(options)]
-            parts[f.name] = options(**{n: rest.pop(n) for n in names if n in rest})
+            parts[group] = options(**{n: rest.pop(n) for n in names if n in rest})
         if rest:
             raise UserError(unknown_settings(rest))
         return cls(**parts)
@@ -326,14 +325,11 @@ _AT_LEAST = {
 }
 _NOT_NEGATIVE = ("lr_init", "lr_final", "weight_decay", "adam_eps", "grad_clip", "l2wrap")
 
-OPTION_GROUPS: dict[str, type] = {
-    "model": ModelOptions,
-    "data": DataOptions,
-    "schedule": ScheduleOptions,
-    "optimizer": OptimizerOptions,
-    "device": DeviceOptions,
-    "output": OutputOptions,
-}
+
+def option_groups(config_class: type = TrainConfig) -> dict[str, type]:
+    """The dataclasses whose fields are the settings of a run, by the name of the group."""
+    return {f.name: f.default_factory for f in dataclasses.fields(config_class)}  # type: ignore[misc]
+
 
 MAY_CHANGE_AT_RESUME = frozenset(
     {
@@ -361,9 +357,10 @@ def changes_refused(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     ]
 
 
-def setting_types() -> dict[str, Any]:
+def setting_types(config_class: type = TrainConfig) -> dict[str, Any]:
     """The type of every setting by its name."""
-    hints = {name: get_type_hints(options) for name, options in OPTION_GROUPS.items()}
+    groups = option_groups(config_class)
+    hints = {name: get_type_hints(options) for name, options in groups.items()}
     return {name: hint for group in hints.values() for name, hint in group.items()}
 
 
