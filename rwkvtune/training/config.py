@@ -173,7 +173,10 @@ class DeviceOptions:
     grad_cp: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     kernel: str = "auto"
-    """Backend of the recurrence: auto, chunked or reference."""
+    """Backend of the recurrence: auto, chunked, reference, triton_gpu."""
+    kernel_precision: Literal["default", "high"] = "default"
+    """Products inside a GPU's recurrence kernel: default = tf32 for 16-bit inputs; high = as exact
+    as fp32, slower. On CPU they are fp32 anyway."""
     threads: int = 0
     """CPU threads; 0 = torch's choice. Bits of a CPU run repeat at one thread count."""
 

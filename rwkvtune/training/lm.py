@@ -240,7 +240,12 @@ def _prepare(config: TrainConfig, world_size: int, device: torch.device, notes: 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.device.precision)
     m = start.model_config
     kernel = resolve(
-        m.kernel, device.type, dtype or torch.float32, m.head_size, config.device.kernel
+        m.kernel,
+        device.type,
+        dtype or torch.float32,
+        m.head_size,
+        config.device.kernel,
+        config.device.kernel_precision,
     )
     return _Job(data, start, plan, settings, schedule, kernel, notes)
 
@@ -340,6 +345,7 @@ def _build_state(
     torch.manual_seed(config.output.random_seed)
     saved = None if start.resume_state is None else read_state(start.resume_state)
     model = _build_model(config, start, saved)
+    model.backend = job.kernel.backend
     wrapped = fabric.setup_module(model)  # before the optimizer: sharding makes new parameters
     optimizer = build_optimizer(
         unwrapped(wrapped).named_parameters(),
@@ -375,7 +381,6 @@ def _build_model(
         initial_values=saved is None and (start.weights is None or start.has_gaps),
     )
     model.grad_cp = config.device.grad_cp
-    model.backend = config.device.kernel
     if saved is not None:
         fill_model(model, saved.model, str(saved.folder))
     elif start.weights is not None:

@@ -81,6 +81,9 @@ class Tokenizer(Protocol):
     def token_byte_lengths(self) -> np.ndarray:
         """[vocab_size] int64: number of bytes that each id stands for."""
 
+    def save_vocab(self, path: str | os.PathLike[str]) -> None:
+        """Write the ids that stand for text as a vocabulary file in RWKV's format."""
+
     def to_json(self) -> dict[str, Any]:
         """All that load_tokenizer needs to make the same one again."""
 
@@ -271,6 +274,15 @@ class TableTokenizer:
     def token_byte_lengths(self) -> np.ndarray:
         lengths: np.ndarray = self._lengths.copy()
         return lengths
+
+    def save_vocab(self, path: str | os.PathLike[str]) -> None:
+        """Write the vocabulary file; GenericTokenizer(path) reads it."""
+        from rwkvtune.data.tokenizers.vocabulary import save_vocabulary
+
+        no_text = {END_OF_DOCUMENT, *self.unused_ids}
+        save_vocabulary(
+            {id: token for id, token in enumerate(self._table) if id not in no_text}, path
+        )
 
 
 def _begins_character(content: np.ndarray) -> np.ndarray:
