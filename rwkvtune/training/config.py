@@ -269,7 +269,7 @@ class TrainConfig:
         found = [
             f"{name}={flat[name]!r} must be {expected(hint)}"
             for name, hint in setting_types(type(self)).items()
-            if not _fits(flat[name], hint)
+            if not fits(flat[name], hint)
         ]
         if found:  # the rest compares numbers
             return found
@@ -406,13 +406,13 @@ def expected(hint: Any) -> str:
     return " or ".join(words.get(part) or expected(part) for part in parts if part is not NoneType)
 
 
-def _fits(value: object, hint: Any) -> bool:
+def fits(value: object, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if hint in (int, float) and isinstance(value, bool):
         return False
     if get_args(hint):
-        return any(_fits(value, part) for part in get_args(hint))
+        return any(fits(value, part) for part in get_args(hint))
     return isinstance(value, int | float if hint is float else hint)
 
 
