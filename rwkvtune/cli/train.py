@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from rwkvtune.configs import load_model_config
 from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.training.config import (
     OPTION_GROUPS,
@@ -79,11 +80,21 @@ def add_settings(parser: ArgumentParser) -> None:
 
 
 def parse_settings(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """Value of every flag by its name; UserError for what cannot be understood."""
+    """Value of every flag by its name; UserError for what cannot be understood.
+
+    What a preset (`model_config`) recommends takes the place of the parser's own defaults.
+    """
     args = config_first(with_plain_booleans(argv))
     with told_once():
         check_config_files(args)
         values: dict[str, Any] = parser.parse_args(args).as_dict()
+        if values["model_config"]:
+            recommended = load_model_config(values["model_config"]).recommended()
+            parser.set_defaults(recommended)
+            values = parser.parse_args(args).as_dict()
+            if "lr_init" in recommended:  # ends at a tenth, as our own default does
+                parser.set_defaults(lr_final=float(f"{values['lr_init'] / 10:.12g}"))
+                values = parser.parse_args(args).as_dict()
     values.pop("config", None)
     return values
 

@@ -35,6 +35,10 @@ class ModelOptions:
 
     version: Version | None = None
     """RWKV version: x052 is RWKV-5.2, x060 RWKV-6, x070 RWKV-7 (x070 for a fresh model)."""
+    model_config: str = ""
+    """Preset: 1.5b, RWKV7-1.5B or a JSON file (rwkvtune configs list). It names the weights unless
+    load_model does, its dimensions must be theirs, and its recommended ctx_len, micro_bsz and
+    lr_init (and a tenth of it as lr_final) hold where no others are given."""
     load_model: str = ""
     """Weights to start from: an upstream .pth or a .safetensors file; empty = initial values."""
     n_layer: int | None = None
@@ -340,24 +344,34 @@ MAY_CHANGE_AT_RESUME = frozenset(
         *("epoch_count", "exit_tokens", "micro_bsz", "accumulate_grad_batches"),
         *("accelerator", "devices", "num_nodes", "strategy"),
         *("epoch_save", "save_every", "keep_last", "log_every", "val_every", "sample_every"),
-        "log_layers",
+        *("log_layers", "model_config"),  # what a preset stands for is compared by itself
         *("tensorboard", "wandb", "resume", "proj_dir", "epoch_samples", "restart_warmup_steps"),
     }
 )
 """Settings that may differ from the interrupted run's; micro_bsz and accumulation only at one
 global batch size, which is compared too."""
 
+CONTENT_OF = {"data_file": "data", "val_data_file": "val_data"}
+"""Settings that may be another path to the same content -> what a run records of that content."""
+
 
 def changes_refused(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The settings that differ between an interrupted run and this one although they must not.
 
-    A setting that the interrupted run's version did not know counts as left at its default.
+    A setting that the interrupted run's version did not know counts as left at its default; what
+    else it did not record is not compared.
     """
     before = TrainConfig().to_flat() | dict(before)
+    moved = [
+        path
+        for path, content in CONTENT_OF.items()
+        if content in before and before[content] == now[content]
+    ]
     return [
-        f"{name}: {before.get(name)!r} -> {now[name]!r}"
+        f"{name}: {before[name]!r} -> {now[name]!r}"
         for name in now
-        if name not in MAY_CHANGE_AT_RESUME and before.get(name) != now[name]
+        if name in before and before[name] != now[name]
+        if name not in MAY_CHANGE_AT_RESUME and name not in moved
     ]
 
 

@@ -408,6 +408,7 @@ def _settings(config: TrainConfig, plan: Plan, model: ModelConfig, data: LMData)
         "epoch_steps": plan.epoch_steps,
         "global_bsz": plan.global_bsz,
         "data": data.fingerprint,
+        "val_data": data.validation_fingerprint,
         "version": model.version,
         "model": dataclasses.asdict(model),
     }
@@ -469,6 +470,7 @@ def _weights_rows(config: TrainConfig, job: _Job) -> list[tuple[str, str]]:
     """What a run and the writing of its initial weights both print."""
     m = job.start.model_config
     return [
+        *starting_point.preset_rows(config),
         (
             "model",
             f"{m.version} L{m.n_layer} D{m.n_embd} V{m.vocab_size}, heads: {m.num_heads} of "

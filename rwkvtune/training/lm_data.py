@@ -55,12 +55,19 @@ class LMData:
 
     @property
     def fingerprint(self) -> str:
-        """Tells other data under the same names: lengths, and a checksum over both ends."""
-        parts = []
-        for file in self.training:
-            tail, head = file.tokens[-FINGERPRINT_TOKENS:], file.tokens[:FINGERPRINT_TOKENS]
-            crc = zlib.crc32(head.tobytes(), zlib.crc32(tail.tobytes()))
-            parts.append(f"{len(file)} tokens, crc32 {crc:08x}")
+        """Tells other training data under the same names, and the same under others: lengths,
+        checksums over both ends, and shares in a mixture."""
+        parts = [_fingerprint(file) for file in self.training]
+        if isinstance(self.dataset, MixedDataset):
+            parts = [f"{s:.9g} of {p}" for s, p in zip(self.dataset.shares, parts, strict=True)]
+        return "; ".join(parts)
+
+    @property
+    def validation_fingerprint(self) -> str:
+        """The same of the validation data."""
+        parts = [_fingerprint(file) for file in self.validation]
+        if self.validation_weights:
+            parts = [f"{w} x {p}" for w, p in zip(self.validation_weights, parts, strict=True)]
         return "; ".join(parts)
 
     def training_in_words(self) -> str:
@@ -109,6 +116,12 @@ def open_data(config: TrainConfig) -> LMData:
         validation_weights or None,
         load_tokenizer(d.tokenizer) if d.tokenizer else _common_tokenizer(training),
     )
+
+
+def _fingerprint(file: BinIdx) -> str:
+    tail, head = file.tokens[-FINGERPRINT_TOKENS:], file.tokens[:FINGERPRINT_TOKENS]
+    crc = zlib.crc32(head.tobytes(), zlib.crc32(tail.tobytes()))
+    return f"{len(file)} tokens, crc32 {crc:08x}"
 
 
 def _weights(sources: Sequence[Source]) -> list[Fraction]:

@@ -107,7 +107,8 @@ def test_a_new_object_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None
     expected = whole.train(DATA, num_epochs=4)
     stopped = pipeline(tmp_path / "stopped", data_config=DataConfig(val_share=0.25))
     stopped.train(DATA, num_epochs=2)
-    reopened = RWKVTrainingPipeline(tmp_path / "stopped")
+    (tmp_path / "stopped").rename(tmp_path / "moved")
+    reopened = RWKVTrainingPipeline(tmp_path / "moved")
     assert reopened.data_prepared and reopened.model_initialized
     assert reopened.model_config == whole.model_config
     assert reopened.training_config == TRAINING and reopened.data_config.val_share == 0.25

@@ -49,6 +49,8 @@ def test_a_killed_mixture_goes_on_to_the_same_bits_and_validates_each_source(
     assert run([*argv, "--proj_dir", str(killed)], tmp_path / "out", blow).code == -9
     assert run([*argv, "--proj_dir", str(killed)], tmp_path / "out").code == 0
     assert outcome(killed) == outcome(whole)
+    other_shares = ["--data_file", f"{a}:0.6,{b}:0.4", "--proj_dir", str(killed)]
+    assert "data: '0.7 of 3010" in run([*argv, *other_shares], tmp_path / "out").output
 
     row = metrics(whole)[-1]
     letters, digits = float(row["val_loss/letters"]), float(row["val_loss/digits"])
