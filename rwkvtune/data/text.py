@@ -452,7 +452,8 @@ def _text_of_record(line: bytes | str, where: str, key: str) -> str:
     hint = "Each line is one document."
     if isinstance(record, dict) and key not in record and record:
         there = ", ".join(list(record)[:8])
-        hint += f" The fields here are {there}: name the one with the text by --text_key."
+        hint += f" The fields here are {there}: call the one with the text {key!r}"
+        hint += " (`rwkvtune data build` takes its name by --text_key)."
     shown = line if isinstance(line, str) else line.decode()
     raise UserError(f'{where}: expected {{"{key}": "..."}}, found {shown[:60]!r}. {hint}')
 

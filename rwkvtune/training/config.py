@@ -177,7 +177,10 @@ class DeviceOptions:
     grad_cp: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     kernel: str = "auto"
-    """Backend of the recurrence: auto, chunked or reference."""
+    """Backend of the recurrence: auto, chunked, reference, triton_gpu."""
+    kernel_precision: Literal["default", "high"] = "default"
+    """Products inside a GPU's recurrence kernel: default = tf32 for 16-bit inputs; high = as exact
+    as fp32, slower. On CPU they are fp32 anyway."""
     threads: int = 0
     """CPU threads; 0 = torch's choice. Bits of a CPU run repeat at one thread count."""
 
@@ -270,7 +273,7 @@ class TrainConfig:
         found = [
             f"{name}={flat[name]!r} must be {expected(hint)}"
             for name, hint in setting_types(type(self)).items()
-            if not _fits(flat[name], hint)
+            if not fits(flat[name], hint)
         ]
         if found:  # the rest compares numbers
             return found
@@ -407,13 +410,13 @@ def expected(hint: Any) -> str:
     return " or ".join(words.get(part) or expected(part) for part in parts if part is not NoneType)
 
 
-def _fits(value: object, hint: Any) -> bool:
+def fits(value: object, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if hint in (int, float) and isinstance(value, bool):
         return False
     if get_args(hint):
-        return any(_fits(value, part) for part in get_args(hint))
+        return any(fits(value, part) for part in get_args(hint))
     return isinstance(value, int | float if hint is float else hint)
 
 

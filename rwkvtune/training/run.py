@@ -218,7 +218,12 @@ def _prepare(
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.device.precision)
     m = start.model_config
     kernel = resolve(
-        m.kernel, device.type, dtype or torch.float32, m.head_size, config.device.kernel
+        m.kernel,
+        device.type,
+        dtype or torch.float32,
+        m.head_size,
+        config.device.kernel,
+        config.device.kernel_precision,
     )
     trained = trained_names(
         list(CONFIGS[m.version].tensor_shapes(m)),
@@ -326,6 +331,7 @@ def _build_state(config: TrainConfig, job: _Job, fabric: Any, recipe: Recipe) ->
     torch.manual_seed(config.output.random_seed)
     saved = None if start.resume_state is None else read_state(start.resume_state)
     model = _build_model(config, start, saved)
+    model.backend = job.kernel.backend
     trained = set(job.trained)
     for name, parameter in model.named_parameters():
         if name not in trained:  # what nothing reads is frozen already
@@ -365,7 +371,6 @@ def _build_model(
         initial_values=saved is None and (start.weights is None or start.has_gaps),
     )
     model.grad_cp = config.device.grad_cp
-    model.backend = config.device.kernel
     if saved is not None:
         fill_model(model, saved.model, str(saved.folder))
     elif start.weights is not None:

@@ -144,8 +144,8 @@ def test_what_cannot_be_quantized_is_refused() -> None:
     model = build_model(CONFIGS["x070"], seed=1)
     with pytest.raises(UserError, match="must be one of 4bit, nf4"):
         quantize(model, "nf3")
-    with pytest.raises(UserError, match="no projection is called atention"):
-        quantize(model, "nf4", names="atention")
+    with pytest.raises(UserError, match="no projection is called attn"):
+        quantize(model, "nf4", names="attn")
     quantize(model, "nf4")
     with pytest.raises(AssertionError, match="quantized already"):
         quantize(model, "nf4")

@@ -202,13 +202,14 @@ def transformers_spans(source: str, messages: list[Message]) -> tuple[str, list[
     """What transformers renders, and where its assistant mask has ones."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    rendered, spans = render_jinja_template(
+    found: Any = render_jinja_template(
         conversations=[messages],
         chat_template=source,
         return_assistant_tokens_mask=True,
         bos_token=END_MARK,
         eos_token=END_MARK,
     )
+    rendered, spans = found
     return rendered[0], [list(span) for span in spans[0]]
 
 
