@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Chat:
     """Ids that the state comes from."""
     _state: State | None = None
 
-    def reply(self, question: str, settings: ChatSettings) -> Iterator[str]:
+    def reply(self, question: str, settings: ChatSettings) -> Generator[str, None, None]:
         """The pieces of the answer as they come; both turns are then part of the conversation.
 
         Ended early (the iterator is closed, or Ctrl-C), what came so far is the answer.
