@@ -36,7 +36,7 @@ ROOMS: dict[str, tuple[set[str], set[str] | None]] = {
     "data/tokenizers": (set(), {"numpy", "pyrwkv_tokenizer"}),
     "data": ({"data/tokenizers"}, DATA_PACKAGES),
     "models": ({"kernels"}, {"torch", "transformers"}),
-    "adapters": ({"models"}, {"torch", "peft", "bitsandbytes"}),
+    "adapters": ({"models", "checkpoint"}, {"torch", "peft", "bitsandbytes"}),
     # Of models only */config.py, which holds no torch.
     "configs": ({"models"}, {"huggingface_hub"}),
     "inference": ({"models", "data", "data/tokenizers", "checkpoint"}, None),
