@@ -53,9 +53,7 @@ def test_padded_masks_are_those_of_the_original(side: str) -> None:
 def test_a_decode_step_sees_what_the_full_forward_sees_or_the_originals_row(name: str) -> None:
     ids = with_generated(ids_of(GOLDEN["modality_ids"]), 13)
     for key, legacy in (("consistent", False), ("reference", True)):
-        mask = special_mask(
-            RULES[VARIANTS[name]], ids, 1, q_offset=12, legacy_decode_rows=legacy
-        )
+        mask = special_mask(RULES[VARIANTS[name]], ids, 1, q_offset=12, legacy_decode_rows=legacy)
         assert as_text(mask[0, 0]) == GOLDEN["decode_step"][f"{key}_{name}"]
     case = GOLDEN["decode_step_image_first"]
     mask = special_mask(
