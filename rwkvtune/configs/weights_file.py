@@ -92,7 +92,7 @@ def _in_hub_cache(name: str) -> tuple[Path | None, str]:
         return None, "the Hugging Face cache (not read: there is no package huggingface_hub)"
     place = f"the Hugging Face cache ({constants.HF_HUB_CACHE})"
     try:
-        cache = scan_cache_dir()
+        cache = scan_cache_dir(constants.HF_HUB_CACHE)
     except CacheNotFound:
         return None, place
     files = {

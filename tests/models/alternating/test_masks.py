@@ -1,4 +1,4 @@
-"""Witness: masks, schedules and padded and cached cases that the original program gave (tests/golden)."""
+"""Witness: masks, schedules, padded and cached cases that the original program gave."""
 
 from __future__ import annotations
 
