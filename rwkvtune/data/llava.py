@@ -1,314 +1,273 @@
-"""LLaVA's samples as what a model trains on: ids with -200 for each image, labels, views.
+"""Conversations in LLaVA's format, read as a stream: chat.json (one array), chat.jsonl (one object
+a line), and the way from the first to the second.
 
-module = make_supervised_data_module(tokenizer, DataArguments(data_path="samples.json"))
-batch = module["data_collator"]([module["train_dataset"][i] for i in range(4)])
+    {"id": "...", "image": "a.jpg", "conversations": [{"from": "human", "value": "..."}, ...]}
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import codecs
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+import numpy as np
 
-from rwkvtune.data.llava_images import ImageProcessor, open_picture, sampled_frames
-from rwkvtune.data.llava_manifest import (
-    IMAGE_TOKEN,
-    Record,
-    check_records,
-    frames_of,
-    pictures_of,
-    read_manifest,
-    turns_of,
-    word_lengths,
-)
-from rwkvtune.errors import UserError
+from rwkvtune.data.images import PictureStore
+from rwkvtune.errors import MissingFileError, UserError
+from rwkvtune.files import atomic_write
 
-IMAGE_TOKEN_INDEX = -200
-IGNORE_INDEX = -100
-WORDS_PER_IMAGE = 128
-"""What an image counts in `lengths`, in words."""
+BLOCK_BYTES = 1 << 20
+HEAD_BYTES = 1 << 20
+"""Of a file, by which its form is told."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-LabelMode = Literal["llava", "assistant_only"]
 
-SYSTEM_LINES = {
-    "qwen_1_5": "You are a helpful assistant.",
-    "qwen_2": "You are a helpful assistant.",
-    "qwen_2_5": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-}
-VERSIONS = (*SYSTEM_LINES, "plain")
+class Place(NamedTuple):
+    """Where a record's JSON stands in its file, in bytes."""
+
+    start: int
+    length: int
+
+
+class RecordFile:
+    """The records of a file by their number, each read and parsed when it is asked for.
+
+    Holds 16 bytes per record. Several threads may read at once.
+    UserError when the file is no list of JSON objects.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        places = [place for place, _ in stream_records(self.path)]
+        self._places = np.array(places, dtype=np.int64).reshape(-1, 2)
+        self._file = open(self.path, "rb")  # noqa: SIM115 - open as long as this object lives
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        start, length = self._places[number].tolist()
+        record: dict[str, Any] = json.loads(os.pread(self._file.fileno(), length, start))
+        return record
+
+
+def stream_records(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """Every record of a JSON array, of the first list inside one JSON object, or of JSON lines,
+    with its place; a file of any size costs the memory of one block.
+
+    MissingFileError, or UserError that says where the file is damaged.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"{path}: there is no such file")
+    with open(path, "rb") as file:
+        if _is_json_lines(path, file):
+            yield from _lines(path, file)
+            return
+        scanner = _Scanner(path, file)
+        if scanner.peek() == "{":
+            _go_to_first_list(scanner)
+        for place, value in _array(scanner):
+            yield place, _checked(value, f"{path}: the item at byte {place.start:,}")
+
+
+def _is_json_lines(path: Path, file: BinaryIO) -> bool:
+    """Told from the first line: a whole object that is no wrapper around a list of records."""
+    head = file.read(HEAD_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+    file.seek(0)
+    if not head.startswith(b"{"):
+        return False
+    if path.suffix == ".jsonl":
+        return True
+    try:
+        first = json.loads(head.partition(b"\n")[0])
+    except ValueError:
+        return False
+    return "conversations" in first
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[Place, dict[str, Any]]]:
+    start = 0
+    for number, line in enumerate(file, 1):
+        place = Place(start, len(line))
+        start += len(line)
+        if number == 1 and line.startswith(BYTE_ORDER_MARK):
+            place = Place(len(BYTE_ORDER_MARK), len(line) - len(BYTE_ORDER_MARK))
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}: line {number} is no JSON: {error}") from None
+        yield place, _checked(value, f"{path}: line {number}")
+
+
+def _checked(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where} is no JSON object: expected a record, found {str(value)[:60]!r}")
+    return value
+
+
+def _go_to_first_list(scanner: _Scanner) -> None:
+    scanner.take("{")
+    while scanner.peek() != "}":
+        scanner.value()
+        scanner.take(":")
+        if scanner.peek() == "[":
+            return
+        scanner.value()
+        if scanner.peek() == ",":
+            scanner.take(",")
+    raise UserError(
+        f"{scanner.path} is one JSON object without a list in it: expected an array of records, an "
+        "object that holds one, or a record per line"
+    )
+
+
+def _array(scanner: _Scanner) -> Iterator[tuple[Place, Any]]:
+    scanner.take("[")
+    while scanner.peek() != "]":
+        yield scanner.value()
+        if scanner.peek() != "]":
+            scanner.take(",")
+
+
+class _Scanner:
+    """JSON values of a file one after the other."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
+        self._file = file
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._text, self._at = "", 0
+        self._byte = 0
+        """Of the file, at `_at`."""
+        self._is_at_end = False
+        if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK:
+            self._byte = len(BYTE_ORDER_MARK)
+        else:
+            file.seek(0)
+
+    def peek(self) -> str:
+        """The next character that is no white space; "" at the end of the file."""
+        while True:
+            rest = self._text[self._at : self._at + 1]
+            if rest and rest not in " \t\r\n":
+                return rest
+            if rest:
+                self._at += 1
+                self._byte += 1
+            elif not self._read():
+                return ""
+
+    def take(self, character: str) -> None:
+        found = self.peek()
+        if found != character:
+            raise self._damaged(f"expected {character!r}, found {found!r}")
+        self._at += 1
+        self._byte += 1
+
+    def value(self) -> tuple[Place, Any]:
+        """The next value, read whole, and its place."""
+        self.peek()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                if self._read():
+                    continue
+                raise self._damaged(error.msg) from None
+            if end == len(self._text) and self._read():  # a number may go on in the next block
+                continue
+            piece = self._text[self._at : end]
+            place = Place(self._byte, len(piece) if piece.isascii() else len(piece.encode()))
+            self._at, self._byte = end, self._byte + place.length
+            return place, value
+
+    def _read(self) -> bool:
+        """Add a block; False at the end of the file."""
+        if self._is_at_end:
+            return False
+        # As much again as is there: a value longer than a block must not be tried block by block.
+        block = self._file.read(max(BLOCK_BYTES, len(self._text) - self._at))
+        self._is_at_end = not block
+        try:
+            more = self._decode(block, final=self._is_at_end)
+        except UnicodeDecodeError as error:
+            raise self._damaged(f"not UTF-8 ({error.reason})") from None
+        self._text, self._at = self._text[self._at :] + more, 0
+        return True
+
+    def _damaged(self, reason: str) -> UserError:
+        return UserError(f"{self.path} is damaged near byte {self._byte:,}: {reason}")
+
+
+_DECODER = json.JSONDecoder()
 
 
 @dataclass
-class DataArguments:
-    """What a data module is made from; the names and defaults are LLaVA's where it has them."""
+class Conversion:
+    records: int = 0
+    pictures: int = 0
+    """Names of pictures in the records."""
+    missing: int = 0
+    """Those that were looked for and are not there."""
+    first_missing: list[str] = field(default_factory=list)
 
-    data_path: str = ""
-    image_folder: str = ""
-    """Where relative paths of images begin; empty = at the manifest."""
-    video_folder: str = ""
-    """Where relative paths of frames begin; empty = at the manifest."""
-    version: str = "qwen_2"
-    """Conversation template: qwen_1_5, qwen_2, qwen_2_5 or plain."""
-    label_mode: LabelMode = "llava"
-    """llava: also the assistant's header, and every newline and turn marker; assistant_only: the
-    answers and their end."""
-    is_multimodal: bool = True
-    lazy_preprocess: bool = True
-    """Images are always read when their sample is needed."""
-    early_mix_text: bool = False
-    image_aspect_ratio: str = "square"
-    image_grid_pinpoints: Any = "(1x1),...,(6x6)"
-    image_processor: ImageProcessor | None = None
-    """None = SigLIP's 384 pixels with this aspect ratio."""
-    mm_use_im_start_end: bool = False
-    video_fps: float = 1.0
-    """Frames per second of the frame lists, for add_time_instruction."""
-    frames_upbound: int = 0
-    """Frames of a video that are used, at equal distances; 0 = all."""
-    force_sample: bool = False
-    add_time_instruction: bool = False
-    """Say before the question how long the video is and when its frames are."""
-    seed: int = 0
-    """For random sampling strategies."""
+
+def convert_to_lines(source: Path, target: Path, *, pictures_in: Path | None = None) -> Conversion:
+    """Write the records of `source` to `target`, one JSON object a line, UTF-8, in their order;
+    whole or not at all. The same source gives the same bytes.
+
+    pictures_in: folder in which to look for the pictures (its images.zip included); None = nowhere.
+    """
+    if target.exists() and target.samefile(source):
+        raise UserError(f"{source} would be replaced by its own conversion: give another output")
+    result = Conversion()
+    store = None if pictures_in is None else PictureStore(pictures_in)
+
+    def write(file: BinaryIO) -> None:
+        for _, record in stream_records(source):
+            file.write(_as_line(record))
+            result.records += 1
+            for name in picture_names(record):
+                result.pictures += 1
+                if store is not None and store.find(name) is None:
+                    result.missing += 1
+                    if len(result.first_missing) < 10:
+                        result.first_missing.append(name)
+
+    atomic_write(target, write)
+    return result
+
+
+def _as_line(record: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can escape and UTF-8 cannot hold
+        return json.dumps(record).encode() + b"\n"
+
+
+def picture_names(record: dict[str, Any]) -> list[str]:
+    """Of one record, which names none, one ("image": "a.jpg") or several ("image": ["a.jpg", ...]).
+
+    UserError when the field holds something else.
+    """
+    found = record.get("image", record.get("images"))
+    if found is None or found == "":
+        return []
+    names = [found] if isinstance(found, str) else found
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f"image is {str(found)[:60]!r}: expected a file name or a list of them")
+    return names
 
 
 def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any]:
-    """{"train_dataset", "eval_dataset": None, "data_collator"} for a Trainer.
+    """LLaVA's entry to its training data: see `llava_dataset.make_supervised_data_module`."""
+    from rwkvtune.data import llava_dataset  # needs torch
 
-    data_args: a DataArguments, or any object with some of its fields. UserError, before any image
-    is read, for a manifest that cannot be used.
-    """
-    arguments = DataArguments()
-    for field in dataclasses.fields(DataArguments):
-        if getattr(data_args, field.name, None) is not None:
-            setattr(arguments, field.name, getattr(data_args, field.name))
-    dataset = LlavaDataset(tokenizer, arguments)
-    collator = LlavaCollator(tokenizer, dataset.processor)
-    return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}
-
-
-class LlavaDataset(Dataset[dict[str, Any]]):
-    """Samples of a manifest; `[i]` gives input_ids [T], labels [T], `image` and the id.
-
-    image: a list of (views [n, 3, S, S], (width, height), "image" or "video").
-    """
-
-    def __init__(self, tokenizer: Any, arguments: DataArguments) -> None:
-        if arguments.version not in VERSIONS:
-            raise UserError(
-                f"version={arguments.version} is no conversation template that is known here: "
-                f"choose one of {', '.join(VERSIONS)}"
-            )
-        self.tokenizer, self.arguments = tokenizer, arguments
-        self.processor = arguments.image_processor or ImageProcessor(
-            image_aspect_ratio=arguments.image_aspect_ratio,
-            image_grid_pinpoints=arguments.image_grid_pinpoints,
-        )
-        self.template = Template(tokenizer, arguments.version, arguments.label_mode)
-        self.manifest = read_manifest(
-            arguments.data_path,
-            seed=arguments.seed,
-            image_folder=arguments.image_folder,
-            video_folder=arguments.video_folder,
-        )
-        self.list_data_dict: list[Record] = self.manifest.records
-
-    def check(self) -> None:
-        """UserError that names the samples which cannot be trained on, before any is read."""
-        if not self.list_data_dict:
-            raise UserError(f"{self.arguments.data_path} has no samples")
-        check_records(self.manifest)
-
-    def __len__(self) -> int:
-        return len(self.list_data_dict)
-
-    @property
-    def has_pictures(self) -> bool:
-        return any("image" in r or "video" in r for r in self.list_data_dict)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Words of each sample, and 128 for one with images."""
-        return [abs(n) + WORDS_PER_IMAGE * (n > 0) for n in self.modality_lengths]
-
-    @property
-    def modality_lengths(self) -> list[int]:
-        """Words of each sample, negative for a text sample; never zero."""
-        return [
-            max(words, 1) * (1 if "image" in record or "video" in record else -1)
-            for record, words in zip(
-                self.list_data_dict, word_lengths(self.list_data_dict), strict=True
-            )
-        ]
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        record, folder = self.list_data_dict[index], self.manifest.folders[index]
-        turns = turns_of(record)
-        pictures = [open_picture(path) for path in pictures_of(record, folder)]
-        alone = len(pictures) == 1
-        image = [(self.processor.views(p, alone=alone), p.size, "image") for p in pictures]
-        paths = frames_of(record, folder)
-        if paths:
-            chosen = sampled_frames(paths, self.arguments.frames_upbound)
-            frames = [open_picture(paths[i]) for i in chosen]
-            image = [(self.processor.frames(frames), frames[0].size, "video")]
-            if self.arguments.add_time_instruction:
-                turns = _with_times(turns, chosen, len(paths), self.arguments.video_fps)
-        if self.arguments.is_multimodal:
-            turns = [(role, self._with_markers(text)) for role, text in turns]
-        ids, labels = self.template.encode(turns)
-        item = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
-        return {**item, "image": image, "id": record.get("id", index)}
-
-    def _with_markers(self, text: str) -> str:
-        """A single <image> goes to the front of its turn."""
-        if text.count(IMAGE_TOKEN) == 1 and not text.startswith(IMAGE_TOKEN):
-            text = f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
-        if self.arguments.mm_use_im_start_end:
-            text = text.replace(IMAGE_TOKEN, f"<im_start>{IMAGE_TOKEN}<im_end>")
-        return text
-
-
-def _with_times(
-    turns: list[tuple[str, str]], chosen: Sequence[int], total: int, fps: float
-) -> list[tuple[str, str]]:
-    times = ", ".join(f"{i / fps:.2f}s" for i in chosen)
-    told = f"The video is {total / fps:.2f}s long; you see {len(chosen)} of its frames, at {times}."
-    (role, text), *rest = turns
-    question = text.replace(IMAGE_TOKEN, "").strip()
-    return [(role, f"{IMAGE_TOKEN}\n{told}\n{question}"), *rest]
-
-
-class Template:
-    """A conversation as ids and labels.
-
-    The Qwen templates are ChatML: each turn is `<|im_start|>role`, a newline, the text,
-    `<|im_end|>` and a newline, after a system turn. UserError when the tokenizer lacks the markers.
-    """
-
-    def __init__(self, tokenizer: Any, version: str, label_mode: LabelMode = "llava") -> None:
-        self.tokenizer, self.version, self.label_mode = tokenizer, version, label_mode
-        if version == "plain":
-            return
-        start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-        if None in (start, end) or start == end:
-            raise UserError(
-                f"version={version} needs a tokenizer with <|im_start|> and <|im_end|>, as Qwen's"
-            )
-        self.start, self.end = start, end
-        self.newline: list[int] = tokenizer.encode("\n", add_special_tokens=False)
-        self.always_labelled = {start, end, *self.newline}
-
-    def encode(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        """(ids, labels); -200 stands for each <image>, -100 is not learned."""
-        if self.version == "plain":
-            return self._plain(turns)
-        turns = list(turns)
-        system = SYSTEM_LINES[self.version]
-        if turns[0][0] != "user":  # as LLaVA: its own system line, and the user begins
-            turns = turns[1:]
-        ids: list[int] = []
-        labels: list[int] = []
-        for role, text in [("system", system), *turns]:
-            header = [self.start, *self._ids(f"{role}\n")]
-            content = [*self._ids(text), self.end]
-            ids += [*header, *content, *self.newline]
-            if self.label_mode == "assistant_only":
-                learned = content if role == "assistant" else [IGNORE_INDEX] * len(content)
-                labels += [IGNORE_INDEX] * len(header) + learned
-                labels += [IGNORE_INDEX] * len(self.newline)
-            else:
-                turn = [*header, *content, *self.newline]
-                labels += [
-                    i if role == "assistant" or i in self.always_labelled else IGNORE_INDEX
-                    for i in turn
-                ]
-        return ids, [IGNORE_INDEX if i == IMAGE_TOKEN_INDEX else i for i in labels]
-
-    def prompt(self, text: str) -> list[int]:
-        """Ids of a question, up to where the assistant begins."""
-        if self.version == "plain":
-            return self._ids(text)
-        turns = (("system", SYSTEM_LINES[self.version]), ("user", text))
-        ids: list[int] = []
-        for role, content in turns:
-            ids += [self.start, *self._ids(f"{role}\n"), *self._ids(content), self.end]
-            ids += self.newline
-        return [*ids, self.start, *self._ids("assistant\n")]
-
-    def _plain(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        """The image and its caption; only the caption is learned."""
-        caption = self._ids(next(text for role, text in turns if role == "assistant") + "\n")
-        images = sum(text.count(IMAGE_TOKEN) for _, text in turns)
-        ids = [IMAGE_TOKEN_INDEX] * images + caption
-        return ids, [IGNORE_INDEX] * images + caption
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for number, part in enumerate(text.split(IMAGE_TOKEN)):
-            if number:
-                ids.append(IMAGE_TOKEN_INDEX)
-            if part:
-                ids += self.tokenizer.encode(part, add_special_tokens=False)
-        return ids
-
-
-@dataclass
-class LlavaCollator:
-    """Samples to one batch: input_ids, labels, attention_mask [B, T]; and, if any sample has
-    images, `images` (views each), `image_sizes` ((width, height) each) and `modalities`.
-
-    A sample without images in such a batch gets an entry "text" of one empty view.
-    """
-
-    tokenizer: Any
-    processor: ImageProcessor
-
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        limit = self.tokenizer.model_max_length
-        side = getattr(self.tokenizer, "padding_side", "right")
-        pad = self.tokenizer.pad_token_id or 0
-
-        def padded(rows: list[Tensor], value: int) -> Tensor:
-            return torch.nn.utils.rnn.pad_sequence(rows, True, value, padding_side=side)
-
-        ids = [sample["input_ids"][:limit] for sample in samples]
-        batch: dict[str, Any] = {
-            "input_ids": padded(ids, pad),
-            "labels": padded([sample["labels"][:limit] for sample in samples], IGNORE_INDEX),
-            # By length: a real token may have the padding's id.
-            "attention_mask": padded([torch.ones_like(row) for row in ids], 0),
-        }
-        if any(sample["image"] for sample in samples):
-            size = self.processor.view_size
-            absent = (torch.zeros(1, 3, size, size), (size, size), "text")
-            # An image whose place lies beyond the limit goes with it.
-            kept = [
-                sample["image"][: int((row == IMAGE_TOKEN_INDEX).sum())]
-                for sample, row in zip(samples, ids, strict=True)
-            ]
-            entries = [entry for images in kept for entry in (images or [absent])]
-            batch["images"] = [views for views, _, _ in entries]
-            batch["image_sizes"] = [size for _, size, _ in entries]
-            batch["modalities"] = [kind for _, _, kind in entries]
-        return batch
-
-    def visual_tokens(self, batch: dict[str, Any]) -> int:
-        """How many tokens the images of a batch become, before any cut to the longest length."""
-        total = 0
-        for views, size, kind in zip(
-            batch.get("images", ()),
-            batch.get("image_sizes", ()),
-            batch.get("modalities", ()),
-            strict=True,
-        ):
-            if kind == "video":
-                total += self.processor.video_tokens(len(views))
-            elif kind == "image":
-                total += self.processor.image_tokens(size, alone=len(views) > 1)
-        return total
+    return llava_dataset.make_supervised_data_module(tokenizer, data_args)

@@ -7,17 +7,16 @@ each picture, or one for a video; a text sample has neither.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rwkvtune.data.llava import RecordFile, picture_names
 from rwkvtune.data.llava_images import PICTURE_SUFFIXES
 from rwkvtune.errors import MissingFileError, UserError
 
@@ -30,34 +29,46 @@ ROLES = {
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """Samples, and for each the folder that its paths are relative to."""
+class Manifest(Sequence[Record]):
+    """The samples of one or several files, each read from the disk when it is asked for."""
 
-    records: list[Record]
-    folders: list[Path]
+    def __init__(self) -> None:
+        self._files: list[RecordFile] = []
+        self._folders: list[Path] = []
+        self._places: list[tuple[int, int]] = []
+        """(file, number in it) of each sample."""
+
+    def add(self, path: Path, chosen: Sequence[int], file: RecordFile) -> None:
+        self._places += [(len(self._files), number) for number in chosen]
+        self._files.append(file)
+        self._folders.append(path.parent)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        file, number = self._places[index]
+        return self._files[file][number]
+
+    def folder(self, index: int) -> Path:
+        """That of the manifest that a sample comes from."""
+        return self._folders[self._places[index][0]]
 
 
-def read_manifest(
-    data_path: str, *, seed: int = 0, image_folder: str = "", video_folder: str = ""
-) -> Manifest:
+def read_manifest(data_path: str, *, seed: int = 0) -> Manifest:
     """Read a .json (list), .jsonl, .yaml or a brace list PREFIX{a,b}.json.
 
     yaml: `datasets:` with a list of {json_path, sampling_strategy}; a strategy is all, or
     first, end, random, then `:` and a number or `P%`. random draws with `seed`, so that all
-    processes and runs get the same subset. Paths are relative to image_folder (video_folder) or,
-    where that is not given, to the manifest's own folder. UserError that names the file and
-    what was expected.
+    processes and runs get the same subset. UserError that names the file and what was expected.
     """
-    records: list[Record] = []
-    folders: list[Path] = []
+    manifest = Manifest()
     for path, strategy in _sources(data_path):
-        found = _sampled(_read_file(path), strategy, seed=seed, where=path)
-        records += found
-        for record in found:
-            given = video_folder if "video" in record else image_folder
-            folders.append(Path(given) if given else path.parent)
-    return Manifest(records, folders)
+        file = RecordFile(path)
+        manifest.add(path, _sampled(len(file), strategy, seed=seed, where=path), file)
+    return manifest
 
 
 def _sources(data_path: str) -> Iterator[tuple[Path, str]]:
@@ -97,35 +108,10 @@ def _text(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def _read_file(path: Path) -> list[Record]:
-    text = _text(path)
-    if path.suffix == ".jsonl":
-        records = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                records.append(_parsed(line, f"{path}, line {number}"))
-    else:
-        records = _parsed(text, str(path))
-        if not isinstance(records, list):
-            raise UserError(
-                f"{path} holds one {type(records).__name__}: expected a list of samples"
-            )
-    for number, record in enumerate(records, start=1):
-        if not isinstance(record, dict):
-            raise UserError(f"{path}: sample {number} is {record!r}: expected an object")
-    return records
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where} is no JSON: {error}") from error
-
-
-def _sampled(records: list[Record], strategy: str, *, seed: int, where: Path) -> list[Record]:
+def _sampled(total: int, strategy: str, *, seed: int, where: Path) -> list[int]:
+    everything = list(range(total))
     if strategy == "all":
-        return records
+        return everything
     found = re.fullmatch(r"(first|end|random):(\d+)(%?)", strategy)
     if not found:
         raise UserError(
@@ -134,14 +120,13 @@ def _sampled(records: list[Record], strategy: str, *, seed: int, where: Path) ->
         )
     count = int(found[2])
     if found[3]:
-        count = math.ceil(count * len(records) / 100)
+        count = math.ceil(count * total / 100)
     if found[1] == "first":
-        return records[:count]
+        return everything[:count]
     if found[1] == "end":
-        return records[-count:] if count else []
-    shuffled = list(records)
-    random.Random(seed).shuffle(shuffled)
-    return shuffled[:count]
+        return everything[-count:] if count else []
+    random.Random(seed).shuffle(everything)
+    return everything[:count]
 
 
 def turns_of(record: Record) -> list[tuple[str, str]]:
@@ -164,10 +149,7 @@ def turns_of(record: Record) -> list[tuple[str, str]]:
 
 def pictures_of(record: Record, folder: Path) -> list[Path]:
     """Files of a sample's images, in order."""
-    images = record.get("image")
-    if images is None:
-        return []
-    return [folder / name for name in ([images] if isinstance(images, str) else images)]
+    return [folder / name for name in picture_names(record)]
 
 
 def frames_of(record: Record, folder: Path) -> list[Path]:
@@ -191,25 +173,26 @@ def frames_of(record: Record, folder: Path) -> list[Path]:
     raise MissingFileError(f"there is no folder of frames {path}")
 
 
-def check_records(manifest: Manifest, *, needs_pictures: bool = True) -> None:
-    """UserError that counts the samples that cannot be trained on and names the first three."""
+def check_records(manifest: Manifest, folder_of: Callable[[int, Record], Path]) -> None:
+    """UserError that counts the samples that cannot be trained on and names the first three.
+
+    folder_of: where the paths of a sample begin.
+    """
     found: list[str] = []
     count = 0
-    for number, (record, folder) in enumerate(
-        zip(manifest.records, manifest.folders, strict=True), start=1
-    ):
-        wrong = _problem(record, folder, needs_pictures)
+    for index, record in enumerate(manifest):
+        wrong = _problem(record, folder_of(index, record))
         if wrong:
             count += 1
             if len(found) < 3:
                 name = f" (id {record['id']})" if "id" in record else ""
-                found.append(f"sample {number}{name}: {wrong}")
+                found.append(f"sample {index + 1}{name}: {wrong}")
     if count:
-        of = f"{count} of {len(manifest.records)} samples cannot be used"
+        of = f"{count} of {len(manifest)} samples cannot be used"
         raise UserError(f"{of}: {'; '.join(found)}" + (" ..." if count > len(found) else ""))
 
 
-def _problem(record: Record, folder: Path, needs_pictures: bool) -> str | None:
+def _problem(record: Record, folder: Path) -> str | None:
     try:
         turns = turns_of(record)
         pictures = pictures_of(record, folder)
@@ -227,12 +210,12 @@ def _problem(record: Record, folder: Path, needs_pictures: bool) -> str | None:
         return f"{wanted} {kind} for {places} {IMAGE_TOKEN} in its text"
     if not any(role == "assistant" for role, _ in turns):
         return "no turn is the assistant's (gpt), so there is nothing to learn"
-    for path in [*pictures, *frames] if needs_pictures else []:
+    for path in [*pictures, *frames]:
         if not path.exists():
             return f"there is no picture {path}"
     return None
 
 
-def word_lengths(records: Sequence[Record]) -> list[int]:
-    """Words in each sample's conversation."""
-    return [sum(len(text.split()) for _, text in turns_of(record)) for record in records]
+def num_words(record: Record) -> int:
+    """In its conversation."""
+    return sum(len(text.split()) for _, text in turns_of(record))

@@ -306,9 +306,7 @@ class AlternatingSettings:
     def without_effect(self) -> list[str]:
         """A line for each flag that was given although it changes nothing."""
         now, default = self.to_flat(), AlternatingSettings().to_flat()
-        reasons = {
-            name: reason for name, reason in _ACCEPTED.items() if now[name] != default[name]
-        }
+        reasons = {name: reason for name, reason in _ACCEPTED.items() if now[name] != default[name]}
         if self.model.alt_checkpoint and self.model.model_name_or_path:
             reasons["model_name_or_path"] = "alt_checkpoint is preferred"
         if self.model.alt_checkpoint and self.task.init_from_backbone:
@@ -371,4 +369,6 @@ OPTION_GROUPS: dict[str, type] = {
 
 def setting_types() -> dict[str, Any]:
     """The type of every setting by its name."""
-    return {n: hint for group in OPTION_GROUPS.values() for n, hint in get_type_hints(group).items()}
+    return {
+        n: hint for group in OPTION_GROUPS.values() for n, hint in get_type_hints(group).items()
+    }
