@@ -28,7 +28,10 @@ from rwkvtune.models.rwkv7.config import UNUSED
 
 gguf = pytest.importorskip("gguf", reason="the gguf package comes with the dev extra")
 
-SIZES = {"x052": RWKV5Config(300, 2, 64), "x060": RWKV6Config(300, 2, 64, mix_rank=8)}
+SIZES: dict[str, ModelConfig] = {
+    "x052": RWKV5Config(300, 2, 64),
+    "x060": RWKV6Config(300, 2, 64, mix_rank=8),
+}
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "fla-rwkv7.json").read_text())
 X070 = RWKV7Config(**GOLDEN["sizes"])
 
@@ -353,8 +356,8 @@ def test_q8_0_keeps_the_small_tensors_and_is_as_near_as_its_format_allows(make: 
     tensors, exact = tensors_of(make("gguf", dtype="q8_0")), some_weights(X070)
     kinds = {name: t.tensor_type for name, t in tensors.items()}
     quantized = {name for name, kind in kinds.items() if kind != gguf.GGMLQuantizationType.F32}
-    matrices = ("time_mix_key", "time_mix_value", "time_mix_receptance", "time_mix_output")
-    matrices += ("channel_mix_key", "channel_mix_value")
+    matrices = [f"time_mix_{name}" for name in ("key", "value", "receptance", "output")]
+    matrices += ["channel_mix_key", "channel_mix_value"]
     expected = {f"blk.{i}.{name}.weight" for i in range(3) for name in matrices}
     assert quantized == expected | {"token_embd.weight", "output.weight"}
     tensor = tensors["blk.1.channel_mix_key.weight"]
