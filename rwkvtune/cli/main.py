@@ -18,6 +18,7 @@ COMMANDS = {
     "data": "make token files from text, or look into them (rwkvtune data --help)",
     "demo": "train a small RWKV-7 on a bundled text, on the CPU, in minutes",
     "chat": "talk with a model on the terminal",
+    "export": "turn weights into the forms of other RWKV programs, or back",
     "generate": "let a model write, from a prompt or from nothing",
     "inspect": "tell what a weights file or a run folder holds",
     "report": "draw one or several runs side by side into a picture and an HTML page",
