@@ -334,7 +334,8 @@ def _build_state(config: TrainConfig, job: _Job, fabric: Any, recipe: Recipe) ->
     model.backend = job.kernel.backend
     trained = set(job.trained)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+        if name not in trained:  # what nothing reads is frozen already
+            parameter.requires_grad_(False)
     wrapped = fabric.setup_module(model)  # before the optimizer: sharding makes new parameters
     optimizer = build_optimizer(
         unwrapped(wrapped).named_parameters(),

@@ -63,6 +63,10 @@ class SFTConfig(TrainConfig):
     def has_validation(self) -> bool:
         return bool(self.data.val_data_file or self.data.val_share)
 
+    @property
+    def has_samples(self) -> bool:
+        return self.has_validation or super().has_samples  # before and after training
+
     def problems(self) -> list[str]:
         found = super().problems()
         share = self.data.val_share
