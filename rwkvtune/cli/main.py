@@ -17,9 +17,11 @@ COMMANDS = {
     "configs": "list presets, show one, or write one from weights (rwkvtune configs --help)",
     "data": "make token files from text, or look into them (rwkvtune data --help)",
     "demo": "train a small RWKV-7 on a bundled text, on the CPU, in minutes",
+    "chat": "talk with a model on the terminal",
     "generate": "let a model write, from a prompt or from nothing",
     "inspect": "tell what a weights file or a run folder holds",
     "report": "draw one or several runs side by side into a picture and an HTML page",
+    "sft": "fine-tune a model on conversations (rwkvtune sft --help)",
     "train": "pretrain a language model, or go on with a run (rwkvtune train --help)",
 }
 """Each is a module of this folder with a `main(argv) -> exit code`, loaded only when called."""

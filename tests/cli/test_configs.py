@@ -29,8 +29,8 @@ from rwkvtune.cli.main import main
 for command in (["configs", "from-checkpoint"], ["inspect"]):
     assert main([*command, sys.argv[1]]) == 0
 assert "torch" not in sys.modules and "numpy" not in sys.modules
-kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert kib < 100 * 1024, kib
+with open("/proc/self/status") as file:  # the highest of this program; getrusage's is its parent's
+    print([int(line.split()[1]) for line in file if line.startswith("VmHWM")][0], file=sys.stderr)
 """
 
 
@@ -55,6 +55,7 @@ def test_a_file_of_26_gigabytes_is_told_without_its_values(write: Any, tmp_path:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    assert int(done.stderr) < 64 * 1024  # KiB, of which Python itself takes a part
     block, _, told = done.stdout.partition("\nfile ")
     builtin = load_model_config("13.3b").config_dict
     assert {s: json.loads(block)[s] for s in SECTIONS} == {s: builtin[s] for s in SECTIONS}

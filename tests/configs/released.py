@@ -1,4 +1,4 @@
-"""The released sizes as golden/presets.json and golden/x070-table.md have them, without our code."""
+"""The released sizes as golden/presets.json and golden/x070-table.md have them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-PRESETS: dict[str, dict[str, Any]] = json.loads((GOLDEN / "presets.json").read_text())
+PRESETS: dict[str, list[Any]] = json.loads((GOLDEN / "presets.json").read_text())
 COLUMNS = PRESETS.pop("columns")
-SIZES = {name: dict(zip(COLUMNS, row, strict=True)) for name, row in PRESETS.items()}
+SIZES: dict[str, dict[str, Any]] = {
+    name: dict(zip(COLUMNS, row, strict=True)) for name, row in PRESETS.items()
+}
 
 
 def published_tensors(size: dict[str, Any]) -> dict[str, tuple[int, ...]]:
