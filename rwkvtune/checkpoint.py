@@ -307,8 +307,9 @@ class _TensorEntry:
 
     def __reduce__(self) -> tuple[Any, ...]:
         stride = torch.empty(self.shape, device="meta").stride()
-        # As torch.save of any version since 1.6: offset, shape, stride, no gradient, no hooks.
-        arguments = (self.storage, 0, self.shape, stride, False, OrderedDict())
+        # As torch.save of any version since 1.6: offset, shape, stride, no gradient, hooks.
+        hooks: OrderedDict[str, Any] = OrderedDict()
+        arguments = (self.storage, 0, self.shape, stride, False, hooks)
         return torch._utils._rebuild_tensor_v2, arguments
 
 

@@ -53,7 +53,7 @@ class VisionConfig:
     """Width between the adapter's two layers; 0 = 4 * n_embd, which with 2 * n_embd is
     published."""
     adapter_conv: str = ""
-    """KERNEL,STRIDE of a convolution over the picture's tokens, such as 3,2 (about half of them)."""
+    """KERNEL,STRIDE of a convolution over the picture's tokens; 3,2 leaves about half of them."""
     adapter_shuffle: int = 1
     """Side of the squares of picture tokens that become one token; not together with
     adapter_conv."""

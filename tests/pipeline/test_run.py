@@ -19,7 +19,13 @@ from rwkvtune.data.tokenizers.custom import BaseTokenizer
 from rwkvtune.data.tokenizers.generic import GenericTokenizer, create_vocab_file_from_tokens
 from rwkvtune.data.tokenizers.integers import AngleTokenizer, IntegerTokenizer
 from rwkvtune.errors import MissingFileError, UserError
-from rwkvtune.pipeline import DataConfig, ModelConfig, RWKVTrainingPipeline, TrainingConfig
+from rwkvtune.pipeline import (
+    DataConfig,
+    ModelConfig,
+    RWKVTrainingPipeline,
+    TrainingConfig,
+    load_checkpoint_for_training,
+)
 
 MODEL = ModelConfig("x070", n_layer=1, n_embd=32, ctx_len=16, head_size_a=16)
 TRAINING = TrainingConfig(micro_bsz=4, precision="fp32", grad_cp=0, lr_schedule="constant")
@@ -288,6 +294,19 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_changes(
         made.train_from_checkpoint(trained / "out/rwkv-final.pth", **options)
     assert (tmp_path / "configs/config.json").read_text() == before
     assert not made.model_initialized
+
+
+def test_versions_that_are_not_trained_are_refused_by_name(tmp_path: Path) -> None:
+    made = pipeline(tmp_path / "work")
+    made.prepare_data(DATA)
+    key = torch.zeros(8, 8)
+    for evidence, name in (("att.time_first", "RWKV-4"), ("att.time_maa_rkvw_w1", "x060b")):
+        path = tmp_path / "weights.pth"
+        torch.save({"emb.weight": key, f"blocks.0.{evidence}": key}, path)
+        assert name in made.inspect_checkpoint(path)["detected_config"]["model_type"]
+        for call in (load_checkpoint_for_training, made.train_from_checkpoint):
+            with pytest.raises(UserError, match=rf"weights.pth: these weights are .*{name}"):
+                call(path)
 
 
 def test_a_tokenizer_of_more_ids_than_rows_is_refused_with_both_numbers(

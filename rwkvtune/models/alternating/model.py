@@ -402,7 +402,7 @@ class LlavaOnevisionWithModalities(_OwnMasks, LlavaOnevisionForConditionalGenera
             columns = [e for e, _, _ in parts], [l for _, l, _ in parts], kinds
             rows.append(tuple(torch.cat(column)[:limit] for column in columns))
         config: Any = self.config
-        side: str = padding_side or getattr(config, "tokenizer_padding_side", "right")
+        side: str = padding_side or str(getattr(config, "tokenizer_padding_side", "right"))
 
         def padded(column: int, value: float) -> Tensor:
             return nn.utils.rnn.pad_sequence(
