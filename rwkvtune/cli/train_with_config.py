@@ -11,7 +11,6 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-from rwkvtune.cli.main import run_door
 from rwkvtune.cli.train import make_parser, parse_settings
 from rwkvtune.cli.weights import header_of
 from rwkvtune.configs import ModelConfig, load_model_config
@@ -177,7 +176,3 @@ def _make_folder(path: Path) -> None:
         raise UserError(f"{path} exists: choose another --proj_dir, or wait a second") from None
     except OSError as error:
         raise UserError(f"cannot make {path}: {error.strerror}") from error
-
-
-if __name__ == "__main__":
-    raise SystemExit(run_door("train_with_config"))
