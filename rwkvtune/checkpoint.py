@@ -15,17 +15,20 @@ checksums agree.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import re
 import struct
+import sys
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -70,6 +73,21 @@ _SAFETENSORS_DTYPES = {
     torch.bool: "BOOL",
 }
 
+# The class that torch.save names for each.
+_STORAGES: dict[torch.dtype, Any] = {
+    torch.float64: torch.DoubleStorage,
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.int64: torch.LongStorage,
+    torch.int32: torch.IntStorage,
+    torch.int16: torch.ShortStorage,
+    torch.int8: torch.CharStorage,
+    torch.uint8: torch.ByteStorage,
+    torch.bool: torch.BoolStorage,
+}
+_PTH_ALIGNMENT = 64  # bytes, as torch.save aligns the data of a tensor
+
 
 def load_weights(path: str | os.PathLike[str], *, verify: bool = True) -> dict[str, Tensor]:
     """Read a weights file: name -> CPU tensor, in the file's dtypes and shapes.
@@ -103,18 +121,17 @@ def save_weights(
 
     dtype: what floating tensors are stored in ("fp32", "bf16", "fp16" or a torch.dtype); None keeps
     each as it is. Each tensor is stored alone: a view takes only its own elements along, and tied
-    tensors become two copies. Raises UserError for an unknown suffix or dtype, values beyond fp16,
-    a full disk or a folder that is not writable.
+    tensors become two copies. They are converted one by one as they are written, so memory-mapped
+    weights of any size take the memory of their largest tensor. Raises UserError for an unknown
+    suffix or dtype, values beyond fp16, a full disk or a folder that is not writable.
     """
     path = Path(path)
     if path.suffix not in (".pth", ".safetensors"):
         raise UserError(f"cannot tell the format of {path}: end the name in .pth or .safetensors.")
-    target = _save_dtype(dtype)
-    tensors = {name: _for_saving(name, tensor, target) for name, tensor in weights.items()}
-    if path.suffix == ".safetensors":
-        atomic_write(path, lambda file: _write_safetensors(file, tensors))
-    else:
-        atomic_write(path, lambda file: torch.save(_each_alone(tensors), file))
+    write = write_safetensors if path.suffix == ".safetensors" else write_pth
+    target = save_dtype(dtype)
+    tensors = {name: _plain(name, tensor) for name, tensor in weights.items()}
+    atomic_write(path, lambda file: write(file, tensors, target))
 
 
 def _check_zip(path: Path, *, verify: bool) -> None:
@@ -209,7 +226,8 @@ def _described(value: object) -> str:
     return f"a value of type {type(value).__name__}"
 
 
-def _save_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def save_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The type that a name of `save_weights` stands for; UserError for another name."""
     if isinstance(dtype, str):
         if dtype not in _SAVE_DTYPES:
             raise UserError(f"cannot save weights as {dtype!r}: choose fp32, bf16 or fp16.")
@@ -219,8 +237,9 @@ def _save_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return dtype
 
 
-def _for_saving(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    tensor = _plain(name, tensor)
+def stored_as(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The tensor in the type that it is stored in, if it is floating-point; UserError where fp16
+    does not reach."""
     if dtype is None or not tensor.is_floating_point():
         return tensor
     stored = tensor.to(dtype)
@@ -240,22 +259,72 @@ def _plain(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _each_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, each with a storage that holds nothing else."""
-    alone = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        tensor = tensor.cpu().contiguous()
-        storage = tensor.untyped_storage()
-        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(storage.data_ptr())
-        alone[name] = tensor
-    return alone
+def write_pth(
+    file: BinaryIO, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """Write what torch.save would write for the dictionary, each tensor converted to `dtype` when
+    its turn comes.
+
+    Our own writer because torch.save needs all tensors at once, in their final type and contiguous.
+    """
+    entries, records = {}, []
+    for number, (name, tensor) in enumerate(tensors.items()):
+        kind = dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        storage = _StorageEntry(_STORAGES[kind], str(number), tensor.numel())
+        entries[name] = _TensorEntry(storage, tuple(tensor.shape))
+        records.append((name, tensor, kind.itemsize * tensor.numel()))
+    content = io.BytesIO()
+    _EntryPickler(content, protocol=2).dump(entries)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        # A ZipInfo has no time of the day: equal weights give equal files.
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), content.getvalue())
+        archive.writestr(zipfile.ZipInfo("archive/byteorder"), sys.byteorder)
+        for number, (name, tensor, size) in enumerate(records):
+            record = zipfile.ZipInfo(f"archive/data/{number}")
+            record.file_size = size
+            # What precedes the data in the file: 30 bytes, the name, 20 bytes for sizes beyond
+            # 4 GB, and a field of padding with 4 bytes of its own.
+            begin = file.tell() + 30 + len(record.filename) + 20 + 4
+            padding = -begin % _PTH_ALIGNMENT
+            record.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+            with archive.open(record, "w", force_zip64=True) as stream:
+                for block in _blocks_of(stored_as(name, tensor, dtype)):
+                    stream.write(block)
+        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
 
 
-def _write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> int:
-    """Write the safetensors format and return the crc32 of all bytes written.
+class _StorageEntry(NamedTuple):
+    kind: Any
+    key: str
+    numel: int
+
+
+class _TensorEntry:
+    """Pickles as a contiguous tensor with a storage of its own."""
+
+    def __init__(self, storage: _StorageEntry, shape: tuple[int, ...]) -> None:
+        self.storage, self.shape = storage, shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stride = torch.empty(self.shape, device="meta").stride()
+        # As torch.save of any version since 1.6: offset, shape, stride, no gradient, hooks.
+        hooks: OrderedDict[str, Any] = OrderedDict()
+        arguments = (self.storage, 0, self.shape, stride, False, hooks)
+        return torch._utils._rebuild_tensor_v2, arguments
+
+
+class _EntryPickler(pickle.Pickler):
+    def persistent_id(self, obj: object) -> Any:
+        if isinstance(obj, _StorageEntry):
+            return ("storage", obj.kind, obj.key, "cpu", obj.numel)
+        return None
+
+
+def write_safetensors(
+    file: BinaryIO, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> int:
+    """Write the safetensors format, each tensor converted to `dtype` when its turn comes, and
+    return the crc32 of all bytes written.
 
     Our own writer because it needs no second copy of the tensors (each goes to the CPU when its
     turn comes), computes the checksum while the disk is busy, and reports a full disk as the
@@ -263,24 +332,29 @@ def _write_safetensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> int:
     """
     crc = 0
     with ThreadPoolExecutor(max_workers=1) as other_thread:
-        for block in _safetensors_blocks(tensors):
+        for block in _safetensors_blocks(tensors, dtype):
             checksum = other_thread.submit(zlib.crc32, block, crc)
             file.write(block)
             crc = checksum.result()
     return crc
 
 
-def _safetensors_blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def _safetensors_blocks(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None
+) -> Iterator[bytes | memoryview]:
+    kinds = {
+        name: dtype if dtype and tensor.is_floating_point() else tensor.dtype
+        for name, tensor in tensors.items()
+    }
     # The widest elements first keeps every tensor aligned to its element size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
-        tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
+        end = offset + tensors[name].numel() * kinds[name].itemsize
         header[name] = {
-            "dtype": _SAFETENSORS_DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": _SAFETENSORS_DTYPES[kinds[name]],
+            "shape": list(tensors[name].shape),
             "data_offsets": [offset, end],
         }
         offset = end
@@ -288,9 +362,13 @@ def _safetensors_blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memor
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
-        data = tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        for start in range(0, len(data), _BLOCK_BYTES):
-            yield data[start : start + _BLOCK_BYTES]
+        yield from _blocks_of(stored_as(name, tensors[name], dtype))
+
+
+def _blocks_of(tensor: Tensor) -> Iterator[memoryview]:
+    data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    for start in range(0, len(data), _BLOCK_BYTES):
+        yield data[start : start + _BLOCK_BYTES]
 
 
 def resume_folder(run_dir: str | os.PathLike[str], step: int) -> Path:
@@ -313,7 +391,7 @@ def save_resume_state(
     with atomic_directory(folder) as temporary:
         tensors_path = temporary / _TENSORS_FILE
         with open(tensors_path, "wb") as file:
-            crc = _write_safetensors(file, plain)
+            crc = write_safetensors(file, plain)
         body = {
             "format": _STATE_FORMAT,
             "meta": meta,

@@ -97,6 +97,16 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     temporary.unlink()
 
 
+def check_space(path: str | os.PathLike[str], num_bytes: int) -> None:
+    """UserError when the disk that `path` is to lie on has no room for so many bytes."""
+    free = _free_bytes(Path(path).absolute())
+    if num_bytes > free:
+        raise UserError(
+            f"{path} needs {num_bytes:,} bytes, {free:,} are free on its disk: make room or choose "
+            "another folder"
+        )
+
+
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary folder to fill; it becomes `path` when the block ends without an error.

@@ -95,6 +95,21 @@ def test_every_storable_dtype_and_shape_is_read_back_by_the_safetensors_library(
         assert file.metadata() == {"format": "pt"}
 
 
+def test_a_pth_holds_what_torch_itself_would_have_saved(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours.pth", tmp_path / "theirs.pth"
+    kinds = [torch.float64, torch.float16, torch.int64, torch.int16, torch.uint8, torch.bool]
+    weights = {f"of {kind}": torch.arange(5).to(kind) for kind in kinds}
+    weights |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "one": torch.ones(1, 1, 7)}
+    save_weights(ours, weights)
+    torch.save(weights, theirs)
+    for mmap in (False, True):
+        mine, torchs = (torch.load(p, weights_only=True, mmap=mmap) for p in (ours, theirs))
+        assert same(mine, torchs) and list(mine) == list(torchs)
+        assert [t.stride() for t in mine.values()] == [t.stride() for t in torchs.values()]
+    # torch.save puts the data of each tensor where any processor reads it fast.
+    assert all(t.data_ptr() % 64 == 0 for t in mine.values() if t.numel())
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_views_parameters_and_tied_tensors_are_saved_alone(tmp_path: Path, suffix: str) -> None:
     big = torch.randn(1000, 1000)
