@@ -97,10 +97,11 @@ class RWKVTrainingPipeline:
             checked(ModelConfig, model_config or stored.get("model") or ModelConfig()),
             before=0 if model_config else stored.get("vocab_size", 0),
         )
-        if self._epochs_done() and model_config and self.model_config != stored["model"]:
+        of_run = stored.get("model", self.model_config)
+        if self._epochs_done() and model_config and self.model_config != of_run:
             raise UserError(
-                f"{self.output_dir} holds a run of another model, {stored['model']}: leave "
-                "model_config out to go on with it, or choose another work_dir"
+                f"{self.output_dir} holds a run of another model, {of_run}: leave model_config out "
+                "to go on with it, or choose another work_dir"
             )
         try:
             for folder in (self.data_dir, self.output_dir, self.config_dir):

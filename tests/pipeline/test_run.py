@@ -397,6 +397,8 @@ def test_a_damaged_folder_is_told(copy: Path) -> None:
     (copy / "configs/config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: cannot be read"):
         RWKVTrainingPipeline(copy)
+    (copy / "configs/config.json").unlink()
+    assert not pipeline(copy).data_prepared  # all can be said again
 
 
 SCRIPT = """
