@@ -20,6 +20,7 @@ COMMANDS = {
     "chat": "talk with a model on the terminal",
     "generate": "let a model write, from a prompt or from nothing",
     "inspect": "tell what a weights file or a run folder holds",
+    "merge": "write the weights of a base with an adapter in them",
     "report": "draw one or several runs side by side into a picture and an HTML page",
     "sft": "fine-tune a model on conversations (rwkvtune sft --help)",
     "train": "pretrain a language model, or go on with a run (rwkvtune train --help)",

@@ -19,7 +19,7 @@ from rwkvtune.checkpoint import prune_resume_states, save_weights
 from rwkvtune.data.batch import Batch
 from rwkvtune.errors import UserError
 from rwkvtune.training.config import OptimizerOptions, OutputOptions
-from rwkvtune.training.fabric import whole
+from rwkvtune.training.fabric import unwrapped, whole
 from rwkvtune.training.layer_stats import layer_statistics
 from rwkvtune.training.log import RunLog
 from rwkvtune.training.optim import set_hyperparameters
@@ -81,6 +81,7 @@ def fit(
     folder = Path(output.proj_dir)
     first_epoch = progress.restart_step // plan.epoch_steps
     trained = [p for p in model.parameters() if p.requires_grad]
+    in_backward = optimizer_options.fused_backward
     model.train()
     with StopRequest() as stop:
         if progress.step == 0:
@@ -105,26 +106,29 @@ def fit(
                 is_last = i == len(micro_batches) - 1
                 with fabric.no_backward_sync(model, enabled=not is_last):
                     loss_sum, _, carry, _ = recipe.loss(model, batch.to(fabric.device), carry)
+                    if in_backward:
+                        _check_finite(progress.step + 1, float(loss_sum), 0.0, folder)
                     # DDP and FSDP average gradients over ranks; targets already counts all of them.
                     fabric.backward(loss_sum * (plan.world_size / max(targets, 1)))
                 loss_here += loss_sum.detach()
             if _scales_its_loss(fabric):
                 fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
             layers = []
-            if output.log_layers and log.is_on_cadence(progress.step + 1):
+            if output.log_layers and not in_backward and log.is_on_cadence(progress.step + 1):
                 layers = layer_statistics(fabric, model)  # before clipping changes the gradients
-            norm = clip_gradients(trained, optimizer_options.grad_clip)
+            norm = (
+                optimizer.gradient_norm()
+                if in_backward
+                else clip_gradients(trained, optimizer_options.grad_clip)
+            )
             loss, stop_votes = _over_ranks(fabric, loss_here, stop.requested is not None)
             loss /= max(targets, 1)
-            if not (math.isfinite(loss) and (math.isfinite(norm) or _scales_its_loss(fabric))):
-                raise UserError(
-                    f"step {progress.step + 1}: the loss is {loss} and the gradient norm {norm}, "
-                    "so the optimizer was not moved and nothing was saved; the newest good state "
-                    f"is in {folder / 'resume'}. A lower lr_init or a longer warmup, in another "
-                    "proj_dir, may help"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            _check_finite(
+                progress.step + 1, loss, 0.0 if _scales_its_loss(fabric) else norm, folder
+            )
+            if not in_backward:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
             took = time.perf_counter() - begin
             progress.step += 1
@@ -185,6 +189,16 @@ def fit(
     return None
 
 
+def _check_finite(step: int, loss: float, norm: float, folder: Path) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise UserError(
+            f"step {step}: the loss is {loss} and the gradient norm {norm}, so the optimizer was "
+            "not moved and nothing was saved; the newest good state is in "
+            f"{folder / 'resume'}. A lower lr_init or a longer warmup, in another proj_dir, may "
+            "help"
+        )
+
+
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -201,9 +215,22 @@ def _save_state(fabric: Any, state: RunState, folder: Path, output: OutputOption
 def _save_weights(
     fabric: Any, state: RunState, folder: Path, output: OutputOptions, name: str
 ) -> None:
+    """rwkv-N.pth; with an adapter the folder adapter-N, for its base is a file already."""
+    if state.adapter is not None and name == "rwkv-init.pth":
+        return
     weights = state.weights()
-    if fabric.is_global_zero:
+    if not fabric.is_global_zero:
+        return
+    if state.adapter is None:
         save_weights(folder / name, weights, dtype=output.save_dtype)
+    else:
+        model: Any = unwrapped(state.model)
+        state.adapter.save(model, weights, folder / adapter_name(name))
+
+
+def adapter_name(weights_name: str) -> str:
+    """rwkv-final.pth -> adapter-final"""
+    return weights_name.replace("rwkv-", "adapter-").removesuffix(".pth")
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:

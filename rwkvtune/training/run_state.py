@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rwkvtune.adapters.adapter import Adapter
+from rwkvtune.adapters.base import Base
 from rwkvtune.checkpoint import load_resume_state, resume_folder, save_resume_state
 from rwkvtune.training.fabric import unwrapped, whole
 from rwkvtune.training.optim import load_optimizer_state, optimizer_state_to_tensors
@@ -42,6 +44,9 @@ class SavedState:
 
     folder: Path
     model: dict[str, Tensor]
+    """All weights, or those of the adapter where one is trained."""
+    base: Base | None
+    """What the adapter belongs to."""
     optimizer: dict[str, Tensor]
     rng: Tensor
     """Of torch's generator on the CPU."""
@@ -60,6 +65,7 @@ def read_state(folder: Path) -> SavedState:
     return SavedState(
         folder,
         parts["model"],
+        Base(**meta["base"]) if meta.get("base") else None,
         parts["optimizer"],
         parts["rng"]["cpu"],
         meta["recipe"],
@@ -79,11 +85,15 @@ class RunState:
     """What must not change at resume, as JSON; see config.changes_refused."""
     precision: Any
     """Fabric's precision plugin: has the state of the fp16 loss scaler."""
+    adapter: Adapter | None = None
+    """What is trained beside a frozen base."""
 
     def weights(self) -> dict[str, Tensor]:
-        """Every parameter by its upstream name, whole, fp32. A collective call when sharded."""
-        model = unwrapped(self.model)
-        return {name: whole(p.detach()) for name, p in model.state_dict().items()}
+        """Every parameter by its upstream name, whole, fp32; only those of the adapter where there
+        is one. A collective call when sharded."""
+        weights = unwrapped(self.model).state_dict()
+        names = weights if self.adapter is None else self.adapter.tensors
+        return {name: whole(weights[name].detach()) for name in names}
 
     def save(self, run_folder: Path, *, write: bool) -> Path:
         """Write a resume state for the present step; ranks with write=False only help gathering."""
@@ -99,6 +109,7 @@ class RunState:
             "settings": self.settings,
             "recipe": self.recipe.state_dict(),
             "loss_scale": self.precision.state_dict(),
+            "base": dataclasses.asdict(self.adapter.base) if self.adapter else None,
         }
         folder = resume_folder(run_folder, self.progress.step)
         if write:

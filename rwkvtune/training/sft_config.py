@@ -63,6 +63,15 @@ class SFTConfig(TrainConfig):
     def has_validation(self) -> bool:
         return bool(self.data.val_data_file or self.data.val_share)
 
+    @property
+    def joins_documents(self) -> str:
+        if self.data.batching != "packed":
+            return ""
+        return (
+            "batching=packed: a conversation that starts inside a row would begin from zero, not "
+            "from the trained state; give --batching bucketed"
+        )
+
     def problems(self) -> list[str]:
         found = super().problems()
         share = self.data.val_share
