@@ -22,6 +22,7 @@ COMMANDS = {
     "export": "turn weights into the forms of other RWKV programs, or back",
     "generate": "let a model write, from a prompt or from nothing",
     "inspect": "tell what a weights file or a run folder holds",
+    "merge": "write the weights of a base with an adapter in them",
     "report": "draw one or several runs side by side into a picture and an HTML page",
     "sft": "fine-tune a model on conversations (rwkvtune sft --help)",
     "train": "pretrain a language model, or go on with a run (rwkvtune train --help)",

@@ -79,9 +79,22 @@ KEPT_PER_BLOCK = {"x052": 17, "x060": 26, "x070": 28}
 """Tensors of the width of the model that a block keeps for its backward pass, per token."""
 
 
-def memory_estimate(model: ModelConfig, config: TrainConfig, device_type: str) -> int:
-    """Bytes that training adds to one device: weights, gradients, Adam's moments and activations,
-    nothing sharded.
+MOMENTS = {"adamw": 8, "adamw8bit": 2, "muon": 4}
+"""Bytes that an optimizer keeps for a trained number."""
+
+
+def memory_estimate(
+    model: ModelConfig,
+    config: TrainConfig,
+    device_type: str,
+    *,
+    trained: int | None = None,
+    frozen_bytes: int = 0,
+) -> int:
+    """Bytes that training adds to one device: weights, gradients, the optimizer's moments and
+    activations, nothing sharded.
+
+    trained: numbers that are; None = the whole model.  frozen_bytes: of all other weights.
 
     Activations are counted per token and layer from what the blocks keep for their backward pass
     (see the fused pieces in kernels/), in the compute type; with grad_cp only block inputs stay. On
@@ -92,13 +105,16 @@ def memory_estimate(model: ModelConfig, config: TrainConfig, device_type: str) -
     is_half = config.device.precision in ("bf16", "fp16")
     size = 2 if is_half else 4
     L, C = model.n_layer, model.n_embd
-    tokens = config.schedule.micro_bsz * config.data.ctx_len
+    length = min(config.schedule.chunk_len or config.data.ctx_len, config.data.ctx_len)
+    tokens = config.schedule.micro_bsz * length
     widths = KEPT_PER_BLOCK[model.version] * C + 2 * model.dim_ffn
     residual = tokens * C * 4 * 2
     block = tokens * (widths * size + 2 * C * 4)
     rows = config.optimizer.head_chunk or max(1, LOGITS_IN_MEMORY // model.vocab_size)
     head = min(rows, tokens) * model.vocab_size * size + model.vocab_size * C * 4
-    weights = model.num_parameters * 16
+    o = config.optimizer
+    trained = model.num_parameters if trained is None else trained
+    weights = frozen_bytes + trained * (4 + 4 * (not o.fused_backward) + MOMENTS[o.optimizer])
     on_cpu, grad_cp = device_type == "cpu", config.device.grad_cp
     if grad_cp:
         blocks = (2.6 + (0.1 if is_half else 0.35) * L) if on_cpu else 2.0
