@@ -83,7 +83,7 @@ def generate(
     def tokens() -> Iterator[int]:
         carried, ids = state, prompt
         for _ in range(max_tokens):
-            logits, carried = _read(model, torch.tensor([ids], device=device), carried)
+            logits, carried = read_prompt(model, torch.tensor([ids], device=device), carried)
             logits = logits.index_fill(1, banned, -math.inf) if len(banned) else logits
             id = int(sample(logits, counts=counts, **settings))  # type: ignore[arg-type]
             if id in stop_ids:
@@ -150,7 +150,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _read(model: nn.Module, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+def read_prompt(model: nn.Module, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
     """ids [1, T] -> logits after the last one [1, V] fp32, and the state there."""
     logits = ids
     with evaluating(model):
