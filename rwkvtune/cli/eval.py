@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     tokenizer = tokenizer_for(args.file, path, vocab_size, args.tokenizer)
     if args.json:
         check_writable(args.json)
-    texts = read_texts(args.files, args.key, args.limit, tokenizer)
+    texts = read_texts(args.files, args.text_key, args.limit, tokenizer)
     model = load(path, args.device, args.dtype, args.threads)
 
     found: dict[str, Any] = {"model": str(path), "tokenizer": tokenizer.name, "dtype": args.dtype}
@@ -84,7 +84,8 @@ def make_parser() -> OneLineParser:
     add("file", type=Path, metavar="FILE", help="weights (.pth, .safetensors) or a run folder")
     add("--files", nargs="+", default=[], metavar="TEXT", help=".txt (a document each), .jsonl "
         "(one on each line) or .parquet, folders and globs of them")  # fmt: skip
-    add("--key", default="text", help="field of .jsonl, column of .parquet (text)")
+    add("--text_key", default="text", metavar="NAME", help="field of .jsonl, column of .parquet "
+        "(text)")  # fmt: skip
     add("--tasks", nargs="+", default=[], metavar="TASK", help="YAML files, or names of tasks and "
         "groups of lm-eval")  # fmt: skip
     add("--include_path", type=Path, metavar="DIR", help="folder of task files of your own")

@@ -86,7 +86,7 @@ def test_a_task_of_ones_own_prints_its_standard_error(
         (["--files", "none.txt"], "no such file or folder: 'none.txt'"),
         (["--files", "play.txt", "--batch_size", "0"], "--batch_size is 0: give 1 or more"),
         (["--files", "play.txt", "--num_fewshot", "2"], "are for --tasks, which is not given"),
-        (["--files", "lines.jsonl", "--key", "body"], "body"),
+        (["--files", "lines.jsonl", "--text_key", "body"], "body"),
         (["--files", "chinese.txt"], "chinese.txt: character '北' at position 0"),
         (["--tasks", "x", "--include_path", "nowhere"], "--include_path nowhere is no folder"),
     ],
