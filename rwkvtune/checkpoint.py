@@ -276,8 +276,9 @@ def write_pth(
     content = io.BytesIO()
     _EntryPickler(content, protocol=2).dump(entries)
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", content.getvalue())
-        archive.writestr("archive/byteorder", sys.byteorder)
+        # A ZipInfo has no time of the day: equal weights give equal files.
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), content.getvalue())
+        archive.writestr(zipfile.ZipInfo("archive/byteorder"), sys.byteorder)
         for number, (name, tensor, size) in enumerate(records):
             record = zipfile.ZipInfo(f"archive/data/{number}")
             record.file_size = size
@@ -289,7 +290,7 @@ def write_pth(
             with archive.open(record, "w", force_zip64=True) as stream:
                 for block in _blocks_of(stored_as(name, tensor, dtype)):
                     stream.write(block)
-        archive.writestr("archive/version", "3\n")
+        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
 
 
 class _StorageEntry(NamedTuple):

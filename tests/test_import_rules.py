@@ -36,8 +36,9 @@ ROOMS: dict[str, tuple[set[str], set[str] | None]] = {
     "data/tokenizers": (set(), {"numpy", "pyrwkv_tokenizer"}),
     "data": ({"data/tokenizers"}, DATA_PACKAGES),
     "models": ({"kernels"}, {"torch", "transformers"}),
-    "adapters": ({"models"}, {"torch", "peft", "bitsandbytes"}),
-    "configs": ({"models"}, set()),  # of models only */config.py, which holds no torch
+    "adapters": ({"models", "checkpoint"}, {"torch", "peft", "bitsandbytes"}),
+    # Of models only */config.py, which holds no torch.
+    "configs": ({"models"}, {"huggingface_hub"}),
     "inference": ({"models", "data", "data/tokenizers", "checkpoint"}, None),
     "evaluation": (LIBRARY - {"kernels", "configs"} | {"inference"}, None),
     "export": (LIBRARY - {"kernels", "configs"} | {"inference"}, None),
@@ -59,13 +60,21 @@ ONLY_IN = {
     "transformers": r"(models/(vision|alternating)/.*|training/alternating)\.py",
     "peft": r"adapters/.*\.py",
     "bitsandbytes": r"adapters/.*\.py",
+    "huggingface_hub": r"configs/weights_file\.py",
     "argparse": r"(cli/.*|pipeline/vicsek)\.py",
     "jsonargparse": r"(cli/.*|training/config)\.py",
 }
 
 PUBLISHED_SPELLINGS = ("my_testing", "head_size_a", "my_exit_tokens", "my_pile_stage")
-MAY_SPELL_AS_PUBLISHED = ("cli/published_flags.py", "pipeline/")
-MAY_READ_ENVIRONMENT = r"(kernels/dispatch|cli/.*)\.py"
+# The presets' JSON files are published, and so are their keys.
+MAY_SPELL_AS_PUBLISHED = (
+    "cli/published_flags.py",
+    "pipeline/",
+    "configs/",
+    "models/rwkv7/config.py",
+)
+# RWKVTUNE_MODELS is read wherever weights of a preset are looked for.
+MAY_READ_ENVIRONMENT = r"(kernels/dispatch|configs/weights_file|cli/.*)\.py"
 
 # `rwkvtune --help` runs these before anything else; torch alone would cost seconds.
 NEEDED_BY_HELP = r"(errors|files|weights_header|training/config|cli/.*|configs/.*)\.py"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rwkvtune.cli import output
 from rwkvtune.cli.arguments import OneLineParser
-from rwkvtune.cli.generate import load, tokenizer_for, vocab_size_of, weights_of, without_text
+from rwkvtune.cli.generate import load, note, vocab_size_of, weights_of
 from rwkvtune.errors import UserError
 from rwkvtune.files import atomic_write, check_writable
 
@@ -37,7 +36,9 @@ def main(argv: list[str]) -> int:
     check_arguments(args)
     path = weights_of(args.file)
     vocab_size = vocab_size_of(path)
-    tokenizer = tokenizer_for(args.file, path, vocab_size, args.tokenizer)
+    from rwkvtune.inference.tokenizer import tokenizer_for, without_text
+
+    tokenizer = tokenizer_for(path, vocab_size, args.tokenizer, note)
     if args.json:
         check_writable(args.json)
     texts = read_texts(args.files, args.text_key, args.limit, tokenizer)
@@ -132,8 +133,8 @@ def read_texts(
     if not names:
         return {}
     files, notes = find_files(names)
-    for note in notes:
-        print(note, file=sys.stderr)
+    for text in notes:
+        note(text)
     texts = {}
     for file in files:
         documents = list(islice(documents_of(file, key, tokenizer), limit or None))
@@ -163,7 +164,7 @@ def measure(
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         rate = result.tokens / (time.perf_counter() - begin)
-        print(f"{name}: {result.tokens:,} tokens, {rate:,.0f} tokens/s", file=sys.stderr)
+        note(f"{name}: {result.tokens:,} tokens, {rate:,.0f} tokens/s")
         results[name] = result
     return results
 

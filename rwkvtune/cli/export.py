@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from rwkvtune.cli import output
 from rwkvtune.cli.arguments import OneLineParser
-from rwkvtune.cli.generate import WORLD_ROWS
 from rwkvtune.errors import UserError
 from rwkvtune.export import FORMATS
 
@@ -82,6 +81,7 @@ def tokenizer_for(source: Source, spec: str, to: str) -> Tokenizer | None:
     """The tokenizer named by spec, else the one kept with the weights, else World where its size
     says so and the form holds a tokenizer; UserError when it has more ids than the model."""
     from rwkvtune.data.tokenizers import load_tokenizer
+    from rwkvtune.inference.tokenizer import WORLD_ROWS
 
     vocab_size = source.config.vocab_size
     tokenizer = load_tokenizer(spec) if spec else source.tokenizer

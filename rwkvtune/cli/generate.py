@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,9 +29,6 @@ ABOUT = """Let a model write, from a prompt or from nothing.
 The text goes to stdout, all else to stderr. A pipe or file gets its exact bytes; a terminal sees
 control characters as \\x1b. Memory stays the same for a prompt and a text of any length."""
 
-WORLD_ROWS = range(65530, 65537)
-"""Sizes of vocabulary that the World tokenizer is assumed for."""
-
 UNSAFE_ON_A_TERMINAL = str.maketrans(
     {c: f"\\x{c:02x}" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
     # What turns the direction of the text around it.
@@ -42,22 +40,14 @@ UNSAFE_ON_A_TERMINAL = str.maketrans(
 
 def main(argv: list[str]) -> int:
     args = make_parser().parse_args(argv)
-    check_settings(
-        args.temperature,
-        args.top_k,
-        args.top_p,
-        args.presence_penalty,
-        args.frequency_penalty,
-        max_tokens=args.max_tokens,
-        seed=args.seed,
-    )
+    checked(args)
     if "" in args.stop:
         raise UserError("--stop is empty: give a text, or leave it out")
-    if args.threads < 0:
-        raise UserError(f"--threads is {args.threads}: give 1 or more, or 0 for torch's choice")
     path = weights_of(args.file)
     vocab_size = vocab_size_of(path)
-    tokenizer = tokenizer_for(args.file, path, vocab_size, args.tokenizer)
+    from rwkvtune.inference.tokenizer import tokenizer_for, without_text
+
+    tokenizer = tokenizer_for(path, vocab_size, args.tokenizer, note)
     prompt = prompt_text(args.prompt)
     prompt_ids = tokenizer.encode(prompt)
 
@@ -94,30 +84,63 @@ def make_parser() -> OneLineParser:
     add("file", type=Path, metavar="FILE", help="weights (.pth, .safetensors) or a run folder")
     add("--prompt", metavar="TEXT", help="text to go on from; without it, stdin if that is no "
         "terminal (exact bytes), else the start of a document")  # fmt: skip
-    add("--tokenizer", default="", metavar="bytes|world|FILE", help="default: the one kept with "
-        "the weights; world for weights of 65536 ids that have none")  # fmt: skip
-    add("--max_tokens", type=int, default=200, metavar="N", help="most tokens to write (200)")
+    add_sampling_flags(parser, max_tokens=200, top_p=1.0)
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be "
+        "given several times")  # fmt: skip
+    add("--ignore_end", action="store_true", help="go on after the end of a document (id 0)")
+    add("--echo", action="store_true", help="write the prompt before its continuation")
+    add_computing_flags(parser)
+    return parser
+
+
+def add_sampling_flags(parser: OneLineParser, *, max_tokens: int, top_p: float) -> None:
+    """How tokens are chosen; the defaults differ from command to command."""
+    add = parser.add_argument
+    add(
+        "--max_tokens",
+        type=int,
+        default=max_tokens,
+        metavar="N",
+        help=f"most tokens to write ({max_tokens})",
+    )
     add("--temperature", type=float, default=1.0, metavar="X", help="below 1 = safer, above = "
         "bolder, 0 = always the likeliest token (1.0)")  # fmt: skip
-    add("--top_p", type=float, default=1.0, metavar="P", help="keep the fewest likeliest tokens "
-        "whose probabilities reach P (1 = all)")  # fmt: skip
+    add("--top_p", type=float, default=top_p, metavar="P", help="keep the fewest likeliest "
+        f"tokens whose probabilities reach P; 1 = all ({top_p})")  # fmt: skip
     add("--top_k", type=int, default=0, metavar="N", help="keep the N likeliest tokens (0 = all)")
     add("--presence_penalty", type=float, default=0.0, metavar="X", help="taken off the logit of "
         "a token that was written before (0)")  # fmt: skip
     add("--frequency_penalty", type=float, default=0.0, metavar="X", help="taken off the logit "
         "for each time a token was written before (0)")  # fmt: skip
     add("--seed", type=int, metavar="N", help="the same seed writes the same text again")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be "
-        "given several times")  # fmt: skip
-    add("--ignore_end", action="store_true", help="go on after the end of a document (id 0)")
-    add("--echo", action="store_true", help="write the prompt before its continuation")
+
+
+def add_computing_flags(parser: OneLineParser) -> None:
+    """The tokenizer, and where and how the model runs."""
+    add = parser.add_argument
+    add("--tokenizer", default="", metavar="bytes|world|FILE", help="default: the one kept with "
+        "the weights; world for weights of 65536 ids that have none")  # fmt: skip
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto = a GPU that torch "
         "sees, else the CPU")  # fmt: skip
     add("--threads", type=int, default=0, metavar="N", help="CPU threads, 0 = torch's choice; on "
         "a busy machine 1 may be the fastest (0)")  # fmt: skip
     add("--dtype", choices=["fp32", "bf16"], default="fp32", help="of the matrices: bf16 takes "
         "half the memory (fp32)")  # fmt: skip
-    return parser
+
+
+def checked(args: Namespace) -> None:
+    """UserError for values of these flags that make no sense."""
+    check_settings(
+        args.temperature,
+        args.top_k,
+        args.top_p,
+        args.presence_penalty,
+        args.frequency_penalty,
+        max_tokens=args.max_tokens,
+        seed=args.seed,
+    )
+    if args.threads < 0:
+        raise UserError(f"--threads is {args.threads}: give 1 or more, or 0 for torch's choice")
 
 
 def weights_of(file: Path) -> Path:
@@ -141,35 +164,6 @@ def vocab_size_of(path: Path) -> int:
         return config_from_shapes({n: t.shape for n, t in header.tensors.items()}).vocab_size
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def tokenizer_for(file: Path, path: Path, vocab_size: int, spec: str) -> Tokenizer:
-    """The tokenizer named by spec, else the one kept with the weights, else World where its size
-    says so; UserError when there is none, or it has more ids than the model."""
-    from rwkvtune.data.tokenizers import find_tokenizer, load_tokenizer
-
-    tokenizer = load_tokenizer(spec) if spec else find_tokenizer(path)
-    if tokenizer is None and vocab_size in WORLD_ROWS:
-        note(f"tokenizer: none is kept with {path}, world is assumed for {vocab_size} ids")
-        tokenizer = load_tokenizer("world")
-    if tokenizer is None:
-        raise UserError(
-            f"{path} has no tokenizer beside it, and {vocab_size} ids tell of none: give "
-            "--tokenizer bytes, world or the tokenizer.json of the training data"
-        )
-    needed = 1 + max(set(range(tokenizer.vocab_size)) - set(tokenizer.unused_ids))
-    if needed > vocab_size:
-        raise UserError(
-            f"the tokenizer {tokenizer.name} has ids up to {needed - 1}, {path} knows 0 to "
-            f"{vocab_size - 1}: give --tokenizer the one that it was trained with"
-        )
-    return tokenizer
-
-
-def without_text(tokenizer: Tokenizer, vocab_size: int) -> Collection[int]:
-    """Ids of the model that stand for no text: the tokenizer's own, and a padded vocabulary's."""
-    unused = (id for id in tokenizer.unused_ids if id < vocab_size)
-    return {*unused, *range(tokenizer.vocab_size, vocab_size)}
 
 
 def prompt_text(given: str | None) -> str:

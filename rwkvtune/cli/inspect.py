@@ -14,8 +14,9 @@ from rwkvtune.cli import output
 from rwkvtune.cli.arguments import OneLineParser
 from rwkvtune.cli.tensor_table import markdown, tensor_rows
 from rwkvtune.cli.weights import header_of, version_of
+from rwkvtune.configs.comparison import presets_that_fit
 from rwkvtune.errors import UserError
-from rwkvtune.models import CONFIGS, ModelConfig, config_from_shapes
+from rwkvtune.models import CONFIGS, ModelConfig, RWKV7Config, config_from_shapes
 from rwkvtune.models.dimensions import first_few, misfits
 from rwkvtune.models.rwkv7.config import UNUSED
 from rwkvtune.training.config import FRESH_VERSION, TrainConfig
@@ -106,6 +107,8 @@ def weights_facts(path: Path, header: WeightsHeader, *, ctx_len: int | None) -> 
     others = {name: size for name, size in sizes.items() if name not in ranks}
     facts["dimensions"] = others | {"num_heads": config.num_heads}
     facts["ranks"] = {name.removesuffix("_rank"): size for name, size in ranks.items()}
+    if isinstance(config, RWKV7Config):
+        facts["presets"] = presets_that_fit(config)
     facts["unused"] = sorted(UNUSED & tensors.keys())
     facts["odd"] = odd_tensors(tensors, CONFIGS[found.version].tensor_shapes(config))
     if not facts["odd"]:
@@ -180,6 +183,10 @@ def weights_text(facts: Mapping[str, Any]) -> str:
         lines["dim_ffn"] = f"{dimensions['dim_ffn']} ({times:g} x n_embd)"
     if facts.get("ranks"):
         lines["ranks"] = ", ".join(f"{name} {size}" for name, size in facts["ranks"].items())
+    if "presets" in facts:
+        lines["preset"] = ", ".join(facts["presets"]) or (
+            f"none; rwkvtune configs from-checkpoint {facts['file']} writes one"
+        )
     lines["dtype"] = ", ".join(
         name if len(dtypes) == 1 else f"{name} ({count:,} parameters)"
         for name, count in dtypes.items()

@@ -420,7 +420,8 @@ def _set_stage(
             )
             settings["load_model"] = ""
     folder = Path(settings["proj_dir"])
-    from_file = settings["load_model"] or (stage != 1 and any(folder.glob("rwkv-*.pth")))
+    named = settings["load_model"] or settings["model_config"]
+    from_file = named or (stage != 1 and any(folder.glob("rwkv-*.pth")))
     if not from_file:
         for name, value in (V5_FRESH_MODEL if v5 else FRESH_MODEL).items():
             settings[name] = settings[name] or value

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from typing import NoReturn
 
-from rwkvtune.errors import UserError
+from rwkvtune.cli.arguments import OneLineParser
 
 DEFAULT_SHARE = "0.05"
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as the other commands do."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see rwkvtune report --help)")
-
-
 def main(argv: list[str]) -> int:
     parser = OneLineParser(
-        prog="rwkvtune report",
-        description="Draw runs side by side: losses, learning rate, gradient norm, speed, and "
-        "gradient norms and decays of each layer.",
-        allow_abbrev=False,
+        "rwkvtune report",
+        "Draw runs side by side: losses, learning rate, gradient norm, speed, and gradient\n"
+        "norms and decays of each layer.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or its metrics.csv")
     parser.add_argument(

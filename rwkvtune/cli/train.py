@@ -15,11 +15,13 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from rwkvtune.configs import load_model_config
 from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.training.config import (
-    OPTION_GROUPS,
+    Config,
     TrainConfig,
     expected,
+    option_groups,
     setting_types,
     unknown_settings,
 )
@@ -40,7 +42,9 @@ class AsWritten(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 class OneLineParser(ArgumentParser):
     """Says what is wrong in one line instead of printing all flags."""
 
-    def __init__(self, command: str, *, usage: str, about: str) -> None:
+    def __init__(
+        self, command: str, *, usage: str, about: str, config_class: type[TrainConfig] = TrainConfig
+    ) -> None:
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         super().__init__(
             prog=command,
@@ -49,7 +53,8 @@ class OneLineParser(ArgumentParser):
             formatter_class=AsWritten,
             allow_abbrev=False,
         )
-        self.types = dict(setting_types())
+        self.config_class = config_class
+        self.types = dict(setting_types(config_class))
         """Of every flag by its name."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -71,19 +76,29 @@ def make_parser() -> OneLineParser:
     return parser
 
 
-def add_settings(parser: ArgumentParser) -> None:
+def add_settings(parser: OneLineParser) -> None:
     """Flags grouped by the dataclasses of training/config.py, without a prefix."""
     parser.add_argument("--config", action="config", help="YAML file of settings")
-    for options in OPTION_GROUPS.values():
+    for options in option_groups(parser.config_class).values():
         parser.add_class_arguments(options, None)
 
 
-def parse_settings(parser: ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """Value of every flag by its name; UserError for what cannot be understood."""
-    args = config_first(with_plain_booleans(argv))
+def parse_settings(parser: OneLineParser, argv: Sequence[str]) -> dict[str, Any]:
+    """Value of every flag by its name; UserError for what cannot be understood.
+
+    What a preset (`model_config`) recommends takes the place of the parser's own defaults.
+    """
+    args = config_first(with_plain_booleans(argv, parser.types))
     with told_once():
         check_config_files(args)
         values: dict[str, Any] = parser.parse_args(args).as_dict()
+        if values["model_config"]:
+            recommended = load_model_config(values["model_config"]).recommended()
+            parser.set_defaults(recommended)
+            values = parser.parse_args(args).as_dict()
+            if "lr_init" in recommended:  # ends at a tenth, as our own default does
+                parser.set_defaults(lr_final=float(f"{values['lr_init'] / 10:.12g}"))
+                values = parser.parse_args(args).as_dict()
     values.pop("config", None)
     return values
 
@@ -111,7 +126,7 @@ def told_once() -> Iterator[None]:
         raise
 
 
-def for_launcher(config: TrainConfig, environment: Mapping[str, str]) -> TrainConfig:
+def for_launcher(config: Config, environment: Mapping[str, str]) -> Config:
     """Under torchrun, which starts the processes itself, take its numbers of devices and machines.
 
     UserError when flags say otherwise: two processes with devices=1 would be two separate runs.
@@ -162,9 +177,9 @@ def check_config_files(args: Sequence[str]) -> None:
             )
 
 
-def with_plain_booleans(argv: Iterable[str]) -> list[str]:
+def with_plain_booleans(argv: Iterable[str], types: Mapping[str, Any]) -> list[str]:
     """`--grad_cp 1`, as upstream writes it, and a bare `--grad_cp` mean `--grad_cp true`."""
-    booleans = {f"--{name}" for name, hint in setting_types().items() if hint is bool}
+    booleans = {f"--{name}" for name, hint in types.items() if hint is bool}
     words = {"0": "false", "1": "true"}
     args = [part for arg in argv for part in _split_if_boolean(arg, booleans)]
     result: list[str] = []

@@ -11,6 +11,8 @@ import math
 import struct
 from typing import Protocol
 
+import numpy as np
+
 from rwkvtune.errors import UserError
 
 
@@ -151,6 +153,21 @@ class RandomOrder:
     def start(self, sample_index: int) -> int:
         # 64 bits over fewer than 2^40 places: no place is favoured by more than 1 in 2^24.
         return _mix(self._key ^ _mix(int(sample_index))) % (self.num_tokens - self.ctx_len)
+
+
+def permutation(n: int, key: str) -> np.ndarray:
+    """0 .. n-1 in an order that depends on n and key only, not on any library's generator."""
+    start = np.uint64(_digest(key)[0])
+    order: np.ndarray = np.argsort(_mixed(np.arange(n, dtype=np.uint64) ^ start), kind="stable")
+    return order
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """_mix of every element; uint64, whose products wrap around."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def _check_one_window(num_tokens: int, ctx_len: int) -> None:

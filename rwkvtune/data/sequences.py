@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +18,7 @@ from rwkvtune.data.binidx import BinIdx
 from rwkvtune.data.build import Built, build_token_files
 from rwkvtune.data.sampler import magic_prime
 from rwkvtune.data.tokenizers import Tokenizer, load_tokenizer
-from rwkvtune.data.tokenizers.custom import BaseTokenizer, save_vocab
+from rwkvtune.data.tokenizers.custom import BaseTokenizer
 from rwkvtune.data.tokenizers.integers import IntegerTokenizer, whole_number
 from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.files import atomic_write
@@ -41,9 +41,18 @@ class Sequences:
             return f"at index {row * self.cut_from + position}"
         return f"in row {row}, position {position}"
 
+    def texts(self) -> Iterator[str]:
+        """Each row as the tokenizers take it: values with blanks between them."""
+        return (" ".join(map(str, row.tolist())) for row in self.rows)
+
     def check_fits(self, tokenizer: Tokenizer) -> None:
-        """UserError for the first value that a tokenizer of whole numbers has no id for."""
+        """UserError for the first value that the tokenizer has no id for."""
         if not isinstance(tokenizer, IntegerTokenizer):
+            for number, text in enumerate(self.texts()):
+                try:
+                    tokenizer.encode(text)
+                except UserError as error:
+                    raise UserError(f"row {number} of the data: {error}") from None
             return
         for number, row in enumerate(self.rows):
             if len(row) and (row.min() < 0 or row.max() > tokenizer.max_value):
@@ -66,18 +75,9 @@ def sequences_of(
     """
     if sequence_length is not None and not (whole_number(sequence_length) or 0) >= 1:
         raise UserError(f"sequence_length={sequence_length!r} must be a whole number from 1 up")
-    try:
-        array = np.asarray(data)
-    except ValueError:  # rows of different lengths
-        array = np.empty(len(data), object)
-        array[:] = [np.asarray(row) for row in data]
+    array, is_ragged = _as_array(data)
     if array.size == 0:
         raise UserError(f"the data are empty (shape {array.shape}): give at least one value")
-    is_ragged = array.dtype == object and array.ndim == 1 and np.ndim(array[0]) == 1
-    if array.ndim not in (1, 2) or (is_ragged and any(np.ndim(row) != 1 for row in array)):
-        raise UserError(
-            f"the data have the shape {array.shape}: expected [sequences, length] or [values]"
-        )
     cut_from = 0
     rows: Sequence[np.ndarray] = list(array)
     if array.ndim == 1 and not is_ragged:
@@ -85,6 +85,32 @@ def sequences_of(
         rows = [array[i : i + cut_from] for i in range(0, len(array), cut_from)]
     found = Sequences(rows, cut_from)
     return Sequences(_whole(found), cut_from) if whole_numbers else found
+
+
+def _as_array(data: Any) -> tuple[np.ndarray, bool]:
+    """The data as an array of one or two axes; or of one axis whose values are rows, and True."""
+    expected = "expected an array [sequences, length] or [values], or a list of rows"
+    try:
+        array = np.asarray(data)
+        has_rows = array.dtype == object and array.ndim == 1 and any(map(np.ndim, array))
+    except ValueError:  # rows of different lengths
+        has_rows = True
+    except (TypeError, RuntimeError) as error:  # a tensor on a GPU, or one with gradients
+        raise UserError(f"the data are no array ({error}): {expected}") from None
+    if not has_rows:
+        if array.ndim not in (1, 2):
+            raise UserError(f"the data have the shape {array.shape}: {expected}")
+        return array, False
+    rows = np.empty(len(data), object)
+    for number, row in enumerate(data):
+        try:
+            rows[number] = np.asarray(row)
+            dimensions = rows[number].ndim
+        except ValueError:
+            dimensions = 2
+        if dimensions != 1:
+            raise UserError(f"row {number} of the data is no row of numbers: {expected}")
+    return rows, True
 
 
 def _whole(sequences: Sequences) -> list[np.ndarray]:
@@ -258,6 +284,7 @@ class DataPipeline:
 
         ctx_len: for magic_prime; None = sequence_length.
         """
+        _check_file_name(name)
         sequences = sequences_of(data, sequence_length)
         sequences.check_fits(self.tokenizer)
         path = NumpyToJsonlConverter()._write(sequences, Path(output_dir) / f"{name}.jsonl")
@@ -285,6 +312,7 @@ class DataPipeline:
 
         sequence_length: the ctx_len for magic_prime.
         """
+        _check_file_name(name)
         built = JsonlToBinIdxConverter(self.tokenizer).build(
             jsonl_path,
             Path(output_dir) / name,
@@ -302,11 +330,7 @@ class DataPipeline:
         """Paths, and num_sequences and total_tokens for training; val_* is None without a share for
         validation."""
         vocab_path = Path(jsonl_path).with_name("vocab.txt")
-        save = getattr(self.tokenizer, "save_vocab", None)
-        if save is None:
-            save_vocab(self.tokenizer, vocab_path)
-        else:
-            save(vocab_path)
+        self.tokenizer.save_vocab(vocab_path)
         train, validation = built.train, built.validation
         return {
             "jsonl_path": jsonl_path,
@@ -322,6 +346,11 @@ class DataPipeline:
 
 
 _LINE = '{"text": "1 2 3 ..."}'
+
+
+def _check_file_name(name: str) -> None:
+    if not isinstance(name, str) or not name or os.path.basename(name) != name or name == "..":
+        raise UserError(f"{name!r} is no name for data: give one without folders, such as 'train'")
 
 
 def as_tokenizer(given: Tokenizer | str | None) -> Tokenizer:

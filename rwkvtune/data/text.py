@@ -298,6 +298,16 @@ def _json_lines(file: TextFile, key: str) -> Iterator[JsonLines]:
             line, was_at = line + count, position
 
 
+def numbered_lines(file: TextFile) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, with their numbers from 1 on."""
+    with _opened(file) as (stream, _):
+        for number, line in enumerate(stream, start=1):
+            if number == 1:
+                line = line.removeprefix(_BYTE_ORDER_MARK)
+            if not line.isspace():
+                yield number, line.rstrip(b"\r\n")
+
+
 def _parquet_rows(file: TextFile, key: str) -> Iterator[Texts]:
     try:
         import pyarrow as pa
@@ -419,26 +429,33 @@ def _decoded(content: bytes, where: str, offset: int = 0) -> str:
         ) from None
 
 
-def _text_of_record(line: bytes | str, where: str, key: str) -> str:
-    """The text in one line of JSON."""
+def json_value(line: bytes | str, where: str) -> Any:
+    """What one line of JSON holds; UserError names the place."""
     if isinstance(line, bytes):
         line = _decoded(line, where)
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{where}: not JSON ({error.msg} at column {error.colno}): {line[:60]!r}."
         ) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; depth
         raise UserError(f"{where}: cannot be read as JSON ({error}): {line[:60]!r}.") from None
+
+
+def _text_of_record(line: bytes | str, where: str, key: str) -> str:
+    """The text in one line of JSON."""
+    record = json_value(line, where)
     text = record.get(key) if isinstance(record, dict) else None
     if isinstance(text, str):
         return text
     hint = "Each line is one document."
     if isinstance(record, dict) and key not in record and record:
         there = ", ".join(list(record)[:8])
-        hint += f" The fields here are {there}: name the one with the text by --text_key."
-    raise UserError(f'{where}: expected {{"{key}": "..."}}, found {line[:60]!r}. {hint}')
+        hint += f" The fields here are {there}: call the one with the text {key!r}"
+        hint += " (`rwkvtune data build` takes its name by --text_key)."
+    shown = line if isinstance(line, str) else line.decode()
+    raise UserError(f'{where}: expected {{"{key}": "..."}}, found {shown[:60]!r}. {hint}')
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rwkvtune.data.batch import IGNORED_TARGET
+from rwkvtune.data.batch import IGNORED_TARGET, Batch
 from rwkvtune.data.lm_dataset import validation_windows
 from rwkvtune.errors import UserError
 from rwkvtune.inference.generate import evaluating
@@ -80,16 +80,38 @@ def evaluate(
         tokens = tokens[: max_windows * ctx_len + 1]
     if len(tokens) < 2:
         raise UserError(f"{len(tokens)} tokens are too few to evaluate on: 2 or more are needed")
+    batches = validation_windows(
+        tokens,
+        ctx_len,
+        batch_size=batch_size,
+        reset_at_documents=reset_at_documents,
+        rank=rank,
+        world_size=world_size,
+    )
+    return evaluate_batches(
+        model,
+        batches,
+        device=device,
+        loss_head=loss_head,
+        byte_lengths=byte_lengths,
+        sum_over_ranks=sum_over_ranks,
+    )
+
+
+def evaluate_batches(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device | str,
+    loss_head: LossHead,
+    byte_lengths: np.ndarray | None = None,
+    sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Evaluation:
+    """Measure a model on all targets of the batches, of which each rank has as many; see
+    `evaluate`."""
     sums = np.zeros(3)  # nats, target tokens, bytes
     with evaluating(model):
-        for batch in validation_windows(
-            tokens,
-            ctx_len,
-            batch_size=batch_size,
-            reset_at_documents=reset_at_documents,
-            rank=rank,
-            world_size=world_size,
-        ):
+        for batch in batches:
             on_device = batch.to(device)
             head = partial(loss_head, targets=on_device.targets)
             nats, _ = model(on_device.input_ids, reset=on_device.reset, head=head)

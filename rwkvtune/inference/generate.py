@@ -135,6 +135,12 @@ def until(pieces: Iterable[str], stops: Collection[str]) -> Iterator[str]:
         yield held
 
 
+def read(model: nn.Module, ids: Sequence[int], state: Any = None) -> Any:
+    """The state after the tokens, which come after `state`; that one is not changed."""
+    device = next(model.parameters()).device
+    return read_prompt(model, torch.tensor([list(ids)], device=device), state)[1]
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; every module's own mode comes back afterwards."""

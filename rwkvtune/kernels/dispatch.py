@@ -21,9 +21,12 @@ KERNEL_VARIABLE = "RWKVTUNE_KERNEL"
 BACKENDS = {
     "chunked": "matrix form in plain PyTorch, any device, hand-written backward",
     "reference": "one token at a time, any device, for checking",
+    "triton_gpu": "matrix form on a GPU's tensor cores, 16-bit inputs with tf32 products",
+    "triton_gpu_high": "the same with products as exact as fp32",
 }
-"""The backends of wkv5, wkv6 and wkv7 and what each is. `triton_gpu` has its place here and does
-not exist yet."""
+"""The backends of wkv5, wkv6 and wkv7 and what each is."""
+
+TRITON_HEAD_SIZES = (32, 64, 128)
 
 _announced: set[str] = set()
 
@@ -42,41 +45,73 @@ def choose(
     head_size: int,
     requested: str = "auto",
     triton_available: bool = False,
+    precision: str = "default",
 ) -> Choice:
     """The backend that runs a kernel for this kind of input.
 
     kernel: "wkv5", "wkv6" or "wkv7".  device_type: "cpu", "cuda", ...
     requested: a name from BACKENDS or "auto".
-    Raises UserError for a backend that this version does not have.
+    triton_available: there is triton, and a device or an interpreter that it runs on.
+    precision: "high" asks for products as exact as fp32.
+    Raises UserError for a backend that is unknown or cannot run this.
     """
-    if requested in BACKENDS:
-        return Choice(requested, "asked for by name")
-    if requested == "triton_gpu":
-        raise UserError(
-            f"{kernel} backend 'triton_gpu' does not exist in this version of rwkvtune; "
-            f"use one of {', '.join(BACKENDS)} or 'auto'."
-        )
-    if requested != "auto":
+    if requested not in BACKENDS and requested != "auto":
         raise UserError(
             f"{kernel} backend {requested!r} is unknown; use one of "
             f"{', '.join(BACKENDS)} or 'auto' "
             f"(argument backend= or environment variable {KERNEL_VARIABLE})."
         )
+    exact = precision == "high"
+    obstacle = _obstacle_to_triton(dtype, head_size, triton_available)
+    if requested.startswith("triton_gpu"):
+        if obstacle:
+            raise UserError(f"{kernel} backend {requested!r} cannot run here: {obstacle}.")
+        if exact:
+            return Choice("triton_gpu_high", "asked for by name, with high precision")
+        return Choice(requested, "asked for by name")
+    if requested != "auto":
+        return Choice(requested, "asked for by name")
     if device_type == "cpu":
         return Choice("chunked", "no GPU in use")
-    triton = "triton is installed, but " if triton_available else ""
-    return Choice(
-        "chunked", f"{triton}this version has no {device_type} kernel of its own for {kernel}"
-    )
+    if device_type != "cuda":
+        return Choice("chunked", f"no kernel of its own for {device_type}")
+    if obstacle:
+        return Choice("chunked", obstacle)
+    if exact:
+        return Choice("triton_gpu_high", "GPU, high precision asked for")
+    return Choice("triton_gpu", "GPU")
+
+
+def _obstacle_to_triton(dtype: torch.dtype, head_size: int, triton_available: bool) -> str:
+    """Why a Triton kernel cannot run, or nothing."""
+    if not triton_available:
+        return "triton is not installed, or sees no GPU"
+    if dtype == torch.float64:
+        return "Triton's kernels do not take float64"
+    if head_size not in TRITON_HEAD_SIZES:
+        sizes = ", ".join(map(str, TRITON_HEAD_SIZES))
+        return f"head size {head_size} is not one of {sizes}"
+    return ""
 
 
 def resolve(
-    kernel: str, device_type: str, dtype: torch.dtype, head_size: int, requested: str = "auto"
+    kernel: str,
+    device_type: str,
+    dtype: torch.dtype,
+    head_size: int,
+    requested: str = "auto",
+    precision: str = "default",
 ) -> Choice:
     """`choose` with what this process has: the environment variable and the triton package."""
     if requested == "auto":
         requested = os.environ.get(KERNEL_VARIABLE, "auto")
-    return choose(kernel, device_type, dtype, head_size, requested, _triton_available())
+    there = _triton_available() and (device_type == "cuda" or interprets_triton())
+    return choose(kernel, device_type, dtype, head_size, requested, there, precision)
+
+
+def interprets_triton() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors: for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache

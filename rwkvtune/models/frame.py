@@ -91,8 +91,9 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, State]:
         """Run T tokens after `state`.
 
-        input_ids: int [B, T], or inputs_embeds: [B, T, C] in its place.  state: from an earlier
-        call, or None.
+        input_ids: int [B, T], or inputs_embeds: [B, T, C] in its place.
+        state: from an earlier call; None = zeros, or the tuned states where adapters/state.py has
+        put some in.
         reset: bool [B, T], True where a document starts: WKV state and token shifts are zero before
         that token.
         head: takes (hidden [B, T, C], head weight [V, C]) in place of the projection, for losses
@@ -112,6 +113,13 @@ class LanguageModel(nn.Module):
         )
         first: Any = self.blocks[0]
         x = first.ln0(x)
+        if state is None and hasattr(first.att, "time_state"):
+            if reset is not None:
+                raise UserError(
+                    "a tuned initial state belongs to the start of a row, and documents that start "
+                    "inside one would not get it: give each document a row of its own"
+                )
+            state = self.tuned_state(x)
         v_first: Tensor | None = None
         new_state: State = []
         recompute = self.grad_cp and torch.is_grad_enabled()
@@ -125,6 +133,12 @@ class LanguageModel(nn.Module):
         x = self.ln_out(x, dtype)
         out = self.head(x) if head is None else head(x, self.head.weight)
         return out, new_state
+
+    def tuned_state(self, x: Tensor) -> State:
+        """The state that each row of x [B, T, C] begins with, from the blocks' att.time_state."""
+        nothing = x.new_zeros(len(x), x.shape[2])
+        starts = [self.get_parameter(f"blocks.{i}.att.time_state") for i in range(len(self.blocks))]
+        return [LayerState(nothing, s.expand(len(x), *s.shape), nothing) for s in starts]
 
     @torch.no_grad()
     def decay_of_layers(self) -> list[Tensor]:

@@ -42,7 +42,8 @@ class ModelConfig:
             )
         flat = {"data_file": "-", **self.settings()}
         del flat["version"]  # it may be one that only other versions of the trainer know
-        _raise("ModelConfig", TrainConfig.from_flat(flat).problems())
+        problems = TrainConfig.from_flat(flat).problems()
+        _raise("ModelConfig", (p.replace("head_size=", "head_size_a=") for p in problems))
         if self.n_embd % self.head_size_a:
             raise UserError(
                 f"ModelConfig: n_embd={self.n_embd} is not a multiple of "
@@ -143,8 +144,13 @@ class DataConfig:
 Config = TypeVar("Config", ModelConfig, TrainingConfig, DataConfig)
 
 
-def checked(config: Config) -> Config:
-    """A copy whose values are right, however it was changed after it was made."""
+def checked(kind: type[Config], config: Config) -> Config:
+    """A copy whose values are right, however it was changed after it was made; UserError for
+    something of another kind."""
+    if not isinstance(config, kind):
+        raise UserError(
+            f"{type(config).__name__} {str(config)[:60]} given where a {kind.__name__} is expected"
+        )
     return dataclasses.replace(config)
 
 

@@ -25,9 +25,8 @@ from rwkvtune.data.sequences import (
     sequences_of,
 )
 from rwkvtune.data.tokenizers import END_OF_DOCUMENT, Tokenizer, tokenizer_from_json
-from rwkvtune.data.tokenizers.custom import save_vocab
 from rwkvtune.data.tokenizers.generic import GenericTokenizer
-from rwkvtune.data.tokenizers.integers import IntegerTokenizer
+from rwkvtune.data.tokenizers.integers import IntegerTokenizer, whole_number
 from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.files import atomic_write
 from rwkvtune.pipeline.checkpoints import (
@@ -91,9 +90,9 @@ class RWKVTrainingPipeline:
         self.output_dir = self.work_dir / "out"
         self.config_dir = self.work_dir / "configs"
         stored = self._read_config()
-        self.data_config = checked(data_config or stored.get("data") or DataConfig())
+        self.data_config = checked(DataConfig, data_config or stored.get("data") or DataConfig())
         self.training_config = checked(
-            training_config or stored.get("training") or TrainingConfig()
+            TrainingConfig, training_config or stored.get("training") or TrainingConfig()
         )
         self.wandb_project = wandb_project or stored.get("wandb_project")
         self.seed: int = stored.get("seed", SHUFFLE_SEED)
@@ -101,7 +100,7 @@ class RWKVTrainingPipeline:
         self.tokenizer = self._choose_tokenizer(tokenizer, stored)
         self.model_config = _with_rows_for(
             self.tokenizer,
-            model_config or stored.get("model") or ModelConfig(),
+            checked(ModelConfig, model_config or stored.get("model") or ModelConfig()),
             before=0 if model_config else stored.get("vocab_size", 0),
         )
         if self._epochs_done() and model_config and self.model_config != stored["model"]:
@@ -109,9 +108,13 @@ class RWKVTrainingPipeline:
                 f"{self.output_dir} holds a run of another model, {stored['model']}: leave "
                 "model_config out to go on with it, or choose another work_dir"
             )
-        for folder in (self.data_dir, self.output_dir, self.config_dir):
-            folder.mkdir(parents=True, exist_ok=True)
-        self._save_config()
+        try:
+            for folder in (self.data_dir, self.output_dir, self.config_dir):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"work_dir: cannot make {folder}: {error.strerror}") from None
+        if not (stored and self._has_run()):  # what it was trained with stays until it goes on
+            self._save_config()
 
     # What was prepared, under the published names.
 
@@ -258,8 +261,9 @@ class RWKVTrainingPipeline:
         random_seed: of initial values and orders; -1 = the pipeline's, 42 at first.
         Ctrl-C saves and then raises KeyboardInterrupt.
         """
-        if isinstance(num_epochs, bool) or not isinstance(num_epochs, int) or num_epochs < 1:
+        if isinstance(num_epochs, bool) or (whole_number(num_epochs) or 0) < 1:
             raise UserError(f"num_epochs={num_epochs!r} must be a whole number from 1 up")
+        num_epochs = int(num_epochs)  # of numpy's numbers too
         if continue_training and not (self._has_run() or self.model_initialized):
             raise UserError(
                 f"{self.output_dir} holds no run to go on with: leave continue_training out, or "
@@ -271,11 +275,19 @@ class RWKVTrainingPipeline:
                 "larger number: train(num_epochs=..., continue_training=True); to begin again: "
                 "initialize_model(force=True), which keeps the old run; or choose another work_dir"
             )
-        self._set_seed(random_seed)
-        if data is not None:
-            self.prepare_data(data)
-        self._need_data()
-        run_training(self._train_config(num_epochs))
+        seed, config_file = self.seed, self.config_dir / "config.json"
+        settings_of_run = config_file.read_bytes() if self._has_run() else None
+        try:
+            self._set_seed(random_seed)
+            if data is not None:
+                self.prepare_data(data)
+            self._need_data()
+            run_training(self._train_config(num_epochs))
+        except UserError:
+            if settings_of_run:  # settings that it does not go on with are not kept
+                self.seed = seed
+                atomic_write(config_file, lambda file: file.write(settings_of_run))
+            raise
         return training_result(self.output_dir, self.list_checkpoints())
 
     def train_from_checkpoint(
@@ -403,8 +415,8 @@ class RWKVTrainingPipeline:
         if not isinstance(self.tokenizer, IntegerTokenizer) or found.cut_from or len(lengths) > 1:
             raise UserError(
                 "next_value_probabilities takes rows of one length, [rows, length], and a "
-                f"tokenizer of whole numbers; given were {np.shape(sequences)} and the tokenizer "
-                f"{self.tokenizer.name}"
+                f"tokenizer of whole numbers; given were rows of {sorted(lengths)[:3]} values and "
+                f"the tokenizer {self.tokenizer.name}"
             )
         model = self._load(checkpoint_path)
         ids = torch.from_numpy(np.pad(np.stack(found.rows).astype(np.int64) + 1, ((0, 0), (1, 0))))
@@ -453,8 +465,7 @@ class RWKVTrainingPipeline:
             return self.tokenizer.encode_documents(data).ids
         sequences = sequences_of(data)
         sequences.check_fits(self.tokenizer)
-        texts = [" ".join(map(str, row.tolist())) for row in sequences.rows]
-        return self.tokenizer.encode_documents(texts).ids
+        return self.tokenizer.encode_documents(list(sequences.texts())).ids
 
     def _load(self, checkpoint_path: str | os.PathLike[str] | None) -> Any:
         import torch
@@ -535,15 +546,18 @@ class RWKVTrainingPipeline:
         return numbered[-1][0] + 1 if numbered else 0
 
     def _set_seed(self, random_seed: int) -> None:
-        if random_seed != -1:
-            self.seed = random_seed
+        number = whole_number(random_seed)
+        if number is None or number < -1:
+            raise UserError(f"random_seed={random_seed!r} must be a whole number, or -1")
+        if number != -1:
+            self.seed = number
             self._save_config()
 
     def _train_config(self, num_epochs: int, *, init_only: bool = False) -> TrainConfig:
         """Everything that the trainer is to be told."""
         dataset = self._need_data()
-        self.model_config = _with_rows_for(self.tokenizer, checked(self.model_config))
-        self.training_config = checked(self.training_config)
+        self.model_config = _with_rows_for(self.tokenizer, checked(ModelConfig, self.model_config))
+        self.training_config = checked(TrainingConfig, self.training_config)
         self._save_config()
         flat: dict[str, Any] = {
             **self.model_config.settings(),
@@ -648,7 +662,7 @@ class RWKVTrainingPipeline:
             "dataset": dataset,
         }
         if tokenizer["kind"] == "vocab":
-            save_vocab(self.tokenizer, self.data_dir / "vocab.txt")
+            self.tokenizer.save_vocab(self.data_dir / "vocab.txt")
         text = json.dumps(content, indent=2) + "\n"
         atomic_write(self.config_dir / "config.json", lambda file: file.write(text.encode()))
 

@@ -52,12 +52,11 @@ def in_even_batches(config: TrainConfig, num_tokens: int) -> TrainConfig:
     What a last batch lacks comes from the next pass. The batch is made smaller where that would be
     more than MOST_FROM_NEXT_PASS of an epoch.
     """
-    from rwkvtune.training.fabric import make_fabric, planned_world_size
+    from rwkvtune.training.fabric import processes_asked_for
 
     s = config.schedule
     windows = ShuffledOrder(num_tokens, config.data.ctx_len, 0).num_slots
-    world_size = planned_world_size(make_fabric(config.device, say=lambda line: None))
-    shares = world_size * s.accumulate_grad_batches
+    shares = processes_asked_for(config.device) * s.accumulate_grad_batches
 
     def steps_with(micro_bsz: int) -> int:
         return -(-windows // (shares * micro_bsz))
@@ -82,10 +81,12 @@ def in_even_batches(config: TrainConfig, num_tokens: int) -> TrainConfig:
 def run_training(config: TrainConfig) -> None:
     """Run the trainer: here for one device, in processes of their own for several, which end with
     the training."""
-    from rwkvtune.training.fabric import make_fabric, planned_world_size
+    from rwkvtune.training.fabric import processes_asked_for
 
-    several = planned_world_size(make_fabric(config.device, say=lambda line: None)) > 1
-    if several and not config.output.init_only:
+    if config.output.init_only:  # the same for any number of devices
+        one = dataclasses.replace(config.device, devices=1, num_nodes=1)
+        config = dataclasses.replace(config, device=one)
+    if processes_asked_for(config.device) > 1:
         exit_code = _in_processes(config)
     else:
         from rwkvtune.training.lm import train_language_model
@@ -93,8 +94,10 @@ def run_training(config: TrainConfig) -> None:
         exit_code = train_language_model(config).exit_code
     if exit_code == 130:
         raise KeyboardInterrupt("stopped and saved: train(..., continue_training=True) goes on")
-    if exit_code:
+    if exit_code > 128:  # stopped by another signal than Ctrl-C
         raise SystemExit(exit_code)
+    if exit_code:
+        raise RuntimeError(f"the training failed, exit code {exit_code}: what it printed says why")
 
 
 def _in_processes(config: TrainConfig) -> int:

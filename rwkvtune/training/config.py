@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from rwkvtune.errors import UserError
 
@@ -35,6 +35,10 @@ class ModelOptions:
 
     version: Version | None = None
     """RWKV version: x052 is RWKV-5.2, x060 RWKV-6, x070 RWKV-7 (x070 for a fresh model)."""
+    model_config: str = ""
+    """Preset: 1.5b, RWKV7-1.5B or a JSON file (rwkvtune configs list). It names the weights unless
+    load_model does, its dimensions must be theirs, and its recommended ctx_len, micro_bsz and
+    lr_init (and a tenth of it as lr_final) hold where no others are given."""
     load_model: str = ""
     """Weights to start from: an upstream .pth or a .safetensors file; empty = initial values."""
     n_layer: int | None = None
@@ -63,6 +67,10 @@ class ModelOptions:
     """Resize loaded tensors that do not fit the dimensions in the flags, as upstream's stage 1."""
     load_partial: bool = False
     """Initial values for tensors that the weights lack, instead of an error."""
+    freeze: str = ""
+    """Parameters to leave as they are: patterns on their names, such as emb.*,blocks.[0-3].*"""
+    train_only: str = ""
+    """The only parameters to train, by such patterns; empty = all."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +177,10 @@ class DeviceOptions:
     grad_cp: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     kernel: str = "auto"
-    """Backend of the recurrence: auto, chunked or reference."""
+    """Backend of the recurrence: auto, chunked, reference, triton_gpu."""
+    kernel_precision: Literal["default", "high"] = "default"
+    """Products inside a GPU's recurrence kernel: default = tf32 for 16-bit inputs; high = as exact
+    as fp32, slower. On CPU they are fp32 anyway."""
     threads: int = 0
     """CPU threads; 0 = torch's choice. Bits of a CPU run repeat at one thread count."""
 
@@ -215,6 +226,9 @@ class OutputOptions:
     """Also log to this wandb project (WANDB_MODE=offline keeps it local)."""
 
 
+Config = TypeVar("Config", bound="TrainConfig")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that `rwkvtune train` can be told."""
@@ -226,15 +240,24 @@ class TrainConfig:
     device: DeviceOptions = field(default_factory=DeviceOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
 
+    data_file_is: ClassVar[str] = "the prefix of a .bin/.idx pair"
+
+    @property
+    def has_validation(self) -> bool:
+        return bool(self.data.val_data_file)
+
+    @property
+    def has_samples(self) -> bool:
+        return bool(self.output.sample_every)
+
     @classmethod
-    def from_flat(cls, values: Mapping[str, Any]) -> TrainConfig:
+    def from_flat(cls: type[Config], values: Mapping[str, Any]) -> Config:
         """Build one from one flat mapping of field name -> value; UserError for unknown names."""
         parts: dict[str, Any] = {}
         rest = dict(values)
-        for f in dataclasses.fields(cls):
-            options = OPTION_GROUPS[f.name]
+        for group, options in option_groups(cls).items():
             names = [g.name for g in dataclasses.fields(options)]
-            parts[f.name] = options(**{n: rest.pop(n) for n in names if n in rest})
+            parts[group] = options(**{n: rest.pop(n) for n in names if n in rest})
         if rest:
             raise UserError(unknown_settings(rest))
         return cls(**parts)
@@ -249,17 +272,17 @@ class TrainConfig:
         flat = self.to_flat()
         found = [
             f"{name}={flat[name]!r} must be {expected(hint)}"
-            for name, hint in setting_types().items()
-            if not _fits(flat[name], hint)
+            for name, hint in setting_types(type(self)).items()
+            if not fits(flat[name], hint)
         ]
         if found:  # the rest compares numbers
             return found
         if not self.data.data_file:
-            found.append("data_file is missing: give the prefix of a .bin/.idx pair")
+            found.append(f"data_file is missing: give {self.data_file_is}")
         found += [
             f"{name}={flat[name]} must be at least {least}"
             for name, least in _AT_LEAST.items()
-            if isinstance(flat[name], int) and flat[name] < least
+            if isinstance(flat.get(name), int) and flat[name] < least
         ]
         found += [
             f"{name}={flat[name]} must be a number from 0 up"
@@ -286,12 +309,12 @@ class TrainConfig:
 
     def without_effect(self) -> list[str]:
         """A line for each setting that was changed although the others give it nothing to do."""
-        now, default = self.to_flat(), TrainConfig().to_flat()
+        now, default = self.to_flat(), type(self)().to_flat()
         falls_by_steps = ("linear", "exponential", "cosine_exponential_mean")
         rules = (
             (("interpolate", "load_partial"), not now["load_model"], "without load_model"),
-            (("val_every", "val_windows"), not now["val_data_file"], "without val_data_file"),
-            (("sample_prompt", "sample_tokens"), not now["sample_every"], "without sample_every"),
+            (("val_every", "val_windows"), not self.has_validation, "without val_data_file"),
+            (("sample_prompt", "sample_tokens"), not self.has_samples, "without sample_every"),
             (
                 ("lr_final",),
                 now["lr_schedule"] in ("constant", "wsd_cosine"),
@@ -326,44 +349,54 @@ _AT_LEAST = {
 }
 _NOT_NEGATIVE = ("lr_init", "lr_final", "weight_decay", "adam_eps", "grad_clip", "l2wrap")
 
-OPTION_GROUPS: dict[str, type] = {
-    "model": ModelOptions,
-    "data": DataOptions,
-    "schedule": ScheduleOptions,
-    "optimizer": OptimizerOptions,
-    "device": DeviceOptions,
-    "output": OutputOptions,
-}
+
+def option_groups(config_class: type[TrainConfig] = TrainConfig) -> dict[str, type]:
+    """The dataclasses whose fields are the settings of a run, by the name of the group."""
+    return {f.name: f.default_factory for f in dataclasses.fields(config_class)}  # type: ignore[misc]
+
 
 MAY_CHANGE_AT_RESUME = frozenset(
     {
         *("epoch_count", "exit_tokens", "micro_bsz", "accumulate_grad_batches"),
         *("accelerator", "devices", "num_nodes", "strategy"),
         *("epoch_save", "save_every", "keep_last", "log_every", "val_every", "sample_every"),
-        "log_layers",
+        *("log_layers", "model_config"),  # what a preset stands for is compared by itself
         *("tensorboard", "wandb", "resume", "proj_dir", "epoch_samples", "restart_warmup_steps"),
     }
 )
 """Settings that may differ from the interrupted run's; micro_bsz and accumulation only at one
 global batch size, which is compared too."""
 
+CONTENT_OF = {"data_file": "data", "val_data_file": "val_data"}
+"""Settings that may be another path to the same content -> what a run records of that content."""
 
-def changes_refused(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+
+def changes_refused(
+    before: Mapping[str, Any], now: Mapping[str, Any], defaults: TrainConfig
+) -> list[str]:
     """The settings that differ between an interrupted run and this one although they must not.
 
-    A setting that the interrupted run's version did not know counts as left at its default.
+    A setting that the interrupted run's version did not know counts as left at its default; what
+    else it did not record is not compared.
     """
-    before = TrainConfig().to_flat() | dict(before)
+    before = defaults.to_flat() | dict(before)
+    moved = [
+        path
+        for path, content in CONTENT_OF.items()
+        if content in before and before[content] == now[content]
+    ]
     return [
-        f"{name}: {before.get(name)!r} -> {now[name]!r}"
+        f"{name}: {before[name]!r} -> {now[name]!r}"
         for name in now
-        if name not in MAY_CHANGE_AT_RESUME and before.get(name) != now[name]
+        if name in before and before[name] != now[name]
+        if name not in MAY_CHANGE_AT_RESUME and name not in moved
     ]
 
 
-def setting_types() -> dict[str, Any]:
+def setting_types(config_class: type[TrainConfig] = TrainConfig) -> dict[str, Any]:
     """The type of every setting by its name."""
-    hints = {name: get_type_hints(options) for name, options in OPTION_GROUPS.items()}
+    groups = option_groups(config_class)
+    hints = {name: get_type_hints(options) for name, options in groups.items()}
     return {name: hint for group in hints.values() for name, hint in group.items()}
 
 
@@ -377,13 +410,13 @@ def expected(hint: Any) -> str:
     return " or ".join(words.get(part) or expected(part) for part in parts if part is not NoneType)
 
 
-def _fits(value: object, hint: Any) -> bool:
+def fits(value: object, hint: Any) -> bool:
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if hint in (int, float) and isinstance(value, bool):
         return False
     if get_args(hint):
-        return any(_fits(value, part) for part in get_args(hint))
+        return any(fits(value, part) for part in get_args(hint))
     return isinstance(value, int | float if hint is float else hint)
 
 

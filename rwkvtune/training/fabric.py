@@ -54,7 +54,6 @@ def make_fabric(options: DeviceOptions, say: Callable[[str], None] = print) -> F
             torch.set_float32_matmul_precision("high")
         else:
             say(f"precision tf32: a {accelerator} device has no tf32, so this is fp32")
-    total = devices * options.num_nodes
     # Fabric's own announcements repeat what the run prints in its table.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     return Fabric(
@@ -62,8 +61,14 @@ def make_fabric(options: DeviceOptions, say: Callable[[str], None] = print) -> F
         devices=devices,
         num_nodes=options.num_nodes,
         plugins=[_precision(options.precision, accelerator)],
-        strategy=_strategy(options.strategy, total, say),
+        strategy=_strategy(options.strategy, devices * options.num_nodes, say),
     )
+
+
+def processes_asked_for(options: DeviceOptions) -> int:
+    """planned_world_size without a Fabric, which for several devices a notebook may not make."""
+    accelerator = _accelerator(options, say=lambda line: None)
+    return _device_count(options, accelerator) * options.num_nodes
 
 
 def _precision(name: str, accelerator: str) -> Precision:

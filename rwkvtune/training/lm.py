@@ -1,50 +1,25 @@
-"""Pretraining of a language model: the recipe, and the order in which a run is put together."""
+"""Pretraining of a language model: its recipe."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from rwkvtune.checkpoint import save_weights
 from rwkvtune.data.batch import Batch
 from rwkvtune.data.prefetch import prefetched
-from rwkvtune.data.tokenizers import Tokenizer, save_tokenizer
-from rwkvtune.errors import UserError
-from rwkvtune.evaluation.perplexity import evaluate, together
-from rwkvtune.files import RunFolderLock, atomic_write, remove_leftovers
+from rwkvtune.evaluation.perplexity import Evaluation, evaluate, together
 from rwkvtune.inference.generate import generate
-from rwkvtune.kernels.dispatch import Choice, announce, resolve
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
-from rwkvtune.models import ModelConfig, build_model, fill_model
-from rwkvtune.models.frame import LanguageModel
-from rwkvtune.training import starting_point
-from rwkvtune.training.config import TrainConfig, changes_refused
-from rwkvtune.training.fabric import (
-    finish,
-    launched,
-    make_fabric,
-    planned_world_size,
-    unwrapped,
-)
+from rwkvtune.training.config import OptimizerOptions, TrainConfig
 from rwkvtune.training.lm_data import LMData, open_data
 from rwkvtune.training.log import RunLog
-from rwkvtune.training.loop import fit
-from rwkvtune.training.memory import PeakMemory, keep_freed_memory
-from rwkvtune.training.optim import build_optimizer
-from rwkvtune.training.plan import Plan, make_plan, memory_estimate
-from rwkvtune.training.run_state import Progress, RunState, SavedState, read_state
-from rwkvtune.training.schedule import Schedule
-from rwkvtune.training.starting_point import StartingPoint
+from rwkvtune.training.plan import Plan
+from rwkvtune.training.run import RunResult, train
+from rwkvtune.training.run_state import Progress
 
 SAMPLE_TEMPERATURE = 0.8
 
@@ -77,12 +52,7 @@ class LanguageModelRecipe:
     def loss(
         self, model: nn.Module, batch: Batch, carry: None
     ) -> tuple[Tensor, int, None, dict[str, float]]:
-        o = self.config.optimizer
-        head = partial(
-            head_cross_entropy, targets=batch.targets, l2wrap=o.l2wrap, chunk_rows=o.head_chunk
-        )
-        loss_sum, _ = model(batch.input_ids, reset=batch.reset, head=head)
-        return loss_sum, batch.target_tokens, None, {}
+        return next_token_loss(model, batch, self.config.optimizer)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         sources = self.data.validation
@@ -109,9 +79,7 @@ class LanguageModelRecipe:
             for source in sources
         ]
         whole = together(found, self.data.validation_weights)
-        self.measured = {"val_loss": whole.loss, "val_perplexity": whole.perplexity}
-        if whole.bits_per_byte is not None:
-            self.measured["val_bits_per_byte"] = whole.bits_per_byte
+        self.measured = validation_row(whole)
         losses = [part.loss for part in found]
         self.measured |= dict(zip(self.data.validation_columns, losses, strict=False))
         return self.measured
@@ -131,6 +99,10 @@ class LanguageModelRecipe:
         known = [id for id in ids if id < tokenizer.vocab_size]
         return output.sample_prompt + tokenizer.decode(known)
 
+    def begins(self, model: nn.Module, progress: Progress, log: RunLog) -> None: ...
+
+    def ends(self, model: nn.Module, log: RunLog) -> None: ...
+
     def state_dict(self) -> dict[str, Any]:
         return {}  # batches are a pure function of the step
 
@@ -138,377 +110,30 @@ class LanguageModelRecipe:
         assert not state, f"a language model's recipe has no state of its own, found {list(state)}"
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """How a run ended."""
+def next_token_loss(
+    model: nn.Module, batch: Batch, options: OptimizerOptions
+) -> tuple[Tensor, int, None, dict[str, float]]:
+    """What `Recipe.loss` gives, for a language model."""
+    head = partial(
+        head_cross_entropy,
+        targets=batch.targets,
+        l2wrap=options.l2wrap,
+        chunk_rows=options.head_chunk,
+    )
+    loss_sum, _ = model(batch.input_ids, reset=batch.reset, head=head)
+    return loss_sum, batch.target_tokens, None, {}
 
-    exit_code: int
-    steps: int
-    seconds: float
-    """Of training steps, over all processes of the run."""
-    tokens: int
-    validation: dict[str, float]
-    """val_loss (nats per token), val_perplexity, val_bits_per_byte where known; empty without
-    validation data."""
+
+def validation_row(found: Evaluation) -> dict[str, float]:
+    """The columns val_* of the log."""
+    row = {"val_loss": found.loss, "val_perplexity": found.perplexity}
+    if found.bits_per_byte is not None:
+        row["val_bits_per_byte"] = found.bits_per_byte
+    return row
 
 
 def train_language_model(
     config: TrainConfig, *, notes: Sequence[str] = (), rows: Sequence[tuple[str, str]] = ()
 ) -> RunResult:
-    """Pretrain, or go on pretraining, as `config` says; the README lists the files that appear in
-    proj_dir.
-
-    notes: lines to print at the start.  rows: names and values to print above the table of the run.
-    All that can be refused is refused before the run folder is touched or another process started.
-    UserError says what is wrong. In a distributed run this does not return: each process ends here
-    with the exit code.
-    """
-    problems = config.problems()
-    if problems:
-        raise UserError("; ".join(problems))
-    said = list(notes)
-    fabric = make_fabric(config.device, say=said.append)
-    if fabric.device.type == "cpu":
-        keep_freed_memory()
-    job = _prepare(config, planned_world_size(fabric), fabric.device, said)
-    progress, total_steps = job.start.progress, job.plan.total_steps
-    if config.output.init_only:
-        if fabric.is_global_zero:
-            _write_initial_weights(config, job, rows)
-        return RunResult(0, 0, 0.0, 0, {})
-    if progress.step >= total_steps:
-        if fabric.is_global_zero:
-            print(
-                f"{config.output.proj_dir}: this run is finished, at step {progress.step} "
-                f"({total_steps} asked for); a larger exit_tokens or epoch_count goes on from here"
-            )
-            _draw_if_outdated(Path(config.output.proj_dir))
-        return RunResult(0, progress.step, progress.seconds, progress.tokens, {})
-    with launched(fabric, threads=config.device.threads, same_for_all=job.summary):
-        try:
-            exit_code, measured = _run(config, job, fabric, rows)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"out of memory: {str(error).splitlines()[0]} A smaller --micro_bsz with more "
-                "--accumulate_grad_batches needs less, and so does --grad_cp"
-            ) from error
-        finish(fabric, exit_code)
-    return RunResult(exit_code, progress.step, progress.seconds, progress.tokens, measured)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A run that nothing speaks against, before anything of it exists."""
-
-    data: LMData
-    start: StartingPoint
-    plan: Plan
-    settings: dict[str, Any]
-    schedule: Schedule
-    kernel: Choice
-    notes: list[str]
-
-    @property
-    def summary(self) -> str:
-        """What all processes must agree on."""
-        steps = f"steps {self.start.progress.step} to {self.plan.total_steps}"
-        return f"{self.start.source}, {steps}, {self.data.fingerprint}"
-
-
-def _prepare(config: TrainConfig, world_size: int, device: torch.device, notes: list[str]) -> _Job:
-    """Look at all that the run needs, and raise UserError for what is wrong; writes nothing."""
-    data = open_data(config)
-    start = starting_point.find(config, data.tokenizer, notes)
-    data.check(start.model_config.vocab_size)
-    _check_sampling(config, data.tokenizer, start.model_config.vocab_size, notes)
-    notes += config.without_effect()
-    plan = make_plan(config, world_size=world_size, num_slots=data.dataset.num_slots)
-    settings = _settings(config, plan, start.model_config, data)
-    if start.resume_state is not None:
-        refused = start.problems + changes_refused(start.settings, settings)
-        if refused:
-            raise UserError(
-                f"{config.output.proj_dir} holds a run with other settings: {'; '.join(refused)}. "
-                "Give the old values to go on, or another proj_dir for a new run"
-            )
-    else:
-        progress = start.progress
-        progress.epoch = start.epochs_behind
-        progress.step = progress.restart_step = start.epochs_behind * plan.epoch_steps
-        progress.tokens = progress.step * plan.tokens_per_step
-    schedule = make_schedule(config, plan, restart_step=start.progress.restart_step)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.device.precision)
-    m = start.model_config
-    kernel = resolve(
-        m.kernel, device.type, dtype or torch.float32, m.head_size, config.device.kernel
-    )
-    return _Job(data, start, plan, settings, schedule, kernel, notes)
-
-
-def _write_initial_weights(config: TrainConfig, job: _Job, rows: Sequence[tuple[str, str]]) -> None:
-    """rwkv-init.pth and the tokenizer, and nothing else."""
-    folder, start = Path(config.output.proj_dir), job.start
-    log = RunLog(folder, total_steps=0)
-    for note in job.notes:
-        log.line(note)
-    log.table([*rows, *_weights_rows(config, job), ("run folder", config.output.proj_dir)])
-    with RunFolderLock(folder):
-        weights = _build_model(config, start).state_dict()
-        save_weights(folder / "rwkv-init.pth", weights, dtype=config.output.save_dtype)
-        if job.data.tokenizer is not None:
-            save_tokenizer(job.data.tokenizer, folder)
-    log.line(f"wrote {folder / 'rwkv-init.pth'}; a run in this folder starts from it")
-
-
-def _run(
-    config: TrainConfig, job: _Job, fabric: Any, rows: Sequence[tuple[str, str]]
-) -> tuple[int, dict[str, float]]:
-    """Put the run together and train; returns the exit code and the latest validation."""
-    folder, start, plan = Path(config.output.proj_dir), job.start, job.plan
-    is_zero = fabric.is_global_zero
-    memory = PeakMemory(fabric.device.type)
-    log = RunLog(
-        folder,
-        total_steps=plan.total_steps,
-        log_every=config.output.log_every,
-        extra_columns=job.data.validation_columns,
-        is_rank_zero=is_zero,
-        tensorboard=config.output.tensorboard,
-        wandb_project=config.output.wandb,
-    )
-    announce(start.model_config.kernel, job.kernel, is_known=True)  # the table shows it
-    with RunFolderLock(folder) if is_zero else nullcontext():
-        if is_zero and starting_point.contents(folder) != start.seen:
-            raise UserError(
-                f"another run has just been using {folder}: run the same command again to go on "
-                "where it has stopped"
-            )
-        recipe = LanguageModelRecipe(config, plan, job.data, fabric)
-        state = _build_state(config, job, fabric, recipe)
-        if is_zero:
-            remove_leftovers(folder)
-            remove_leftovers(folder / "resume")
-            _write_config(config, start.model_config, folder / "config.yaml")
-            if job.data.tokenizer is not None:
-                save_tokenizer(job.data.tokenizer, folder)
-        m = start.model_config
-        log.start(
-            config.to_flat() | _model_settings(m),
-            f"{m.vocab_size} ctx{plan.ctx_len} L{m.n_layer} D{m.n_embd}",
-            step=start.progress.step,
-            epoch=start.progress.epoch,
-        )
-        try:
-            for note in job.notes:
-                log.line(note)
-            log.table([*rows, *_table(config, job, memory)])
-            stopped = fit(
-                fabric, state, recipe, plan, job.schedule, config.optimizer, config.output, log
-            )
-            if (used := memory.used()) is not None:
-                log.line(
-                    f"memory used {used / 1e9:.2f} GB, estimated "
-                    f"{_memory_estimate(config, job, memory) / 1e9:.2f} GB"
-                )
-        finally:
-            log.close()
-        if is_zero:
-            _draw_if_outdated(folder)
-    if stopped is None and is_zero:
-        print(f"done: {folder / 'rwkv-final.pth'}, loss curve in {folder / 'loss_curve.png'}")
-    return stopped.exit_code if stopped else 0, recipe.measured
-
-
-def _draw_if_outdated(folder: Path) -> None:
-    """Draw loss_curve.png from metrics.csv, unless it is the newer one: a run may have been killed
-    between its last save and its picture."""
-    metrics, picture = folder / "metrics.csv", folder / "loss_curve.png"
-    if not metrics.exists() or (
-        picture.exists() and picture.stat().st_mtime_ns > metrics.stat().st_mtime_ns
-    ):
-        return
-    from rwkvtune.training.report import draw_loss_curve  # matplotlib, half a second
-
-    draw_loss_curve(metrics, picture)
-
-
-def _build_state(
-    config: TrainConfig, job: _Job, fabric: Any, recipe: LanguageModelRecipe
-) -> RunState:
-    """Model and optimizer on their devices, as the starting point has them."""
-    start, o = job.start, config.optimizer
-    torch.manual_seed(config.output.random_seed)
-    saved = None if start.resume_state is None else read_state(start.resume_state)
-    model = _build_model(config, start, saved)
-    wrapped = fabric.setup_module(model)  # before the optimizer: sharding makes new parameters
-    optimizer = build_optimizer(
-        unwrapped(wrapped).named_parameters(),
-        lr_init=config.schedule.lr_init,
-        betas=(o.beta1, o.beta2),
-        eps=o.adam_eps,
-        weight_decay=o.weight_decay,
-        layerwise_lr=o.layerwise_lr,
-        stage2=o.stage2_lr,
-        # torch's fused kernel would unscale fp16 gradients by itself, after they were clipped.
-        fused=False if config.device.precision == "fp16" else "auto",
-    )
-    state = RunState(
-        wrapped,
-        fabric.setup_optimizers(optimizer),
-        recipe,
-        start.progress,
-        job.settings,
-        fabric.strategy.precision,
-    )
-    if saved is not None:
-        state.restore(saved)
-    return state
-
-
-def _build_model(
-    config: TrainConfig, start: StartingPoint, saved: SavedState | None = None
-) -> LanguageModel:
-    """The model with the weights that training starts from."""
-    model = build_model(
-        start.model_config,
-        seed=config.output.random_seed,
-        initial_values=saved is None and (start.weights is None or start.has_gaps),
-    )
-    model.grad_cp = config.device.grad_cp
-    model.backend = config.device.kernel
-    if saved is not None:
-        fill_model(model, saved.model, str(saved.folder))
-    elif start.weights is not None:
-        initial = model.state_dict() if start.has_gaps else {}
-        fill_model(model, {**initial, **start.weights}, start.source)
-    return model
-
-
-def _check_sampling(
-    config: TrainConfig, tokenizer: Tokenizer | None, vocab_size: int, notes: list[str]
-) -> None:
-    """UserError when the samples that are asked for could not be made later."""
-    if not config.output.sample_every:
-        return
-    if tokenizer is None:
-        notes.append("no samples: the data has no tokenizer beside it, and --tokenizer names none")
-        return
-    ids = tokenizer.encode(config.output.sample_prompt)
-    if max(ids, default=0) >= vocab_size:
-        raise UserError(
-            f"sample_prompt has the id {max(ids)} with the tokenizer {tokenizer.name}, the model "
-            f"knows 0 to {vocab_size - 1}: give the tokenizer that the data was made with"
-        )
-
-
-def _settings(config: TrainConfig, plan: Plan, model: ModelConfig, data: LMData) -> dict[str, Any]:
-    """What a resume compares: the flags, with what was left open replaced by what it came to."""
-    flags = {k: v for k, v in config.to_flat().items() if k not in starting_point.DIMENSIONS}
-    return flags | {
-        "epoch_steps": plan.epoch_steps,
-        "global_bsz": plan.global_bsz,
-        "data": data.fingerprint,
-        "version": model.version,
-        "model": dataclasses.asdict(model),
-    }
-
-
-def make_schedule(config: TrainConfig, plan: Plan, *, restart_step: int) -> Schedule:
-    """The learning rate of a run.
-
-    restart_step: where it went on from bare weights; 0 = nowhere.
-    """
-    s, o = config.schedule, config.optimizer
-    length = plan.total_steps * plan.tokens_per_step
-    warmup = s.warmup_steps
-    if restart_step and warmup < 0:
-        warmup = s.restart_warmup_steps
-    return Schedule(
-        kind=s.lr_schedule,
-        lr_init=s.lr_init,
-        lr_final=s.lr_final,
-        warmup_steps=warmup,
-        total_tokens=s.exit_tokens or length,
-        tokens_per_step=plan.tokens_per_step,
-        decay_share=s.decay_share,
-        weight_decay=o.weight_decay,
-        weight_decay_final=o.weight_decay_final,
-        hold_steps=s.hold_epochs * plan.epoch_steps,
-        epoch_schedule_steps=plan.epoch_schedule_steps,
-        restart_step=restart_step,
-    )
-
-
-def _table(config: TrainConfig, job: _Job, memory: PeakMemory) -> list[tuple[str, str]]:
-    """What the run prints at its start."""
-    estimate = _memory_estimate(config, job, memory) / 1e9
-    plan, start, data = job.plan, job.start, job.data
-    m, d = start.model_config, config.device
-    return [
-        *_weights_rows(config, job),
-        ("validation", data.validation_in_words()),
-        (
-            "tokens per step",
-            f"{plan.tokens_per_step:,} = {plan.world_size} device(s) x micro_bsz {plan.micro_bsz} "
-            f"x {plan.accumulate} accumulated x ctx_len {plan.ctx_len}",
-        ),
-        (
-            "steps",
-            f"{plan.total_steps:,}, {plan.epoch_steps:,} per mini-epoch, from "
-            f"{start.progress.step:,}",
-        ),
-        ("passes over data", data.passes_in_words(plan.total_steps * plan.global_bsz)),
-        ("memory", f"about {estimate:.2f} GB per device (estimate)"),
-        ("kernel", f"{m.kernel} {job.kernel.backend} ({job.kernel.reason})"),
-        ("precision", f"{d.precision}, {torch.get_num_threads()} CPU threads"),
-        ("run folder", config.output.proj_dir),
-    ]
-
-
-def _weights_rows(config: TrainConfig, job: _Job) -> list[tuple[str, str]]:
-    """What a run and the writing of its initial weights both print."""
-    m = job.start.model_config
-    return [
-        (
-            "model",
-            f"{m.version} L{m.n_layer} D{m.n_embd} V{m.vocab_size}, heads: {m.num_heads} of "
-            f"{m.head_size}",
-        ),
-        ("parameters", f"{m.num_parameters:,}"),
-        ("start", job.start.source),
-        ("data", f"{job.data.training_in_words()}, order {config.data.order}"),
-    ]
-
-
-def _memory_estimate(config: TrainConfig, job: _Job, memory: PeakMemory) -> int:
-    """Bytes of one process, or of one GPU."""
-    added = memory_estimate(job.start.model_config, config, memory.device_type)
-    return memory.before + added
-
-
-def _model_settings(model: ModelConfig) -> dict[str, Any]:
-    """The settings that ask for such a model."""
-    return {"version": model.version} | dataclasses.asdict(model)
-
-
-def _write_config(config: TrainConfig, model: ModelConfig, path: Path) -> None:
-    """The run's settings as YAML that `rwkvtune train --config` takes, dimensions filled in."""
-    import yaml
-
-    class Dumper(yaml.SafeDumper):
-        """Quotes text such as 1e3 too, which the flag parser would read as a number."""
-
-    def text(dumper: Any, value: str) -> Any:
-        is_number = re.fullmatch(r"[-+.\d][-+.\d_eE]*", value)
-        return dumper.represent_scalar(
-            "tag:yaml.org,2002:str", value, style='"' if is_number else None
-        )
-
-    Dumper.add_representer(str, text)
-    content = yaml.dump(
-        config.to_flat() | _model_settings(model),
-        Dumper=Dumper,
-        sort_keys=False,
-        allow_unicode=True,
-    )
-    atomic_write(path, lambda file: file.write(content.encode()))
+    """Pretrain, or go on pretraining, as `config` says; see `train`."""
+    return train(config, open_data, LanguageModelRecipe, notes=notes, rows=rows)

@@ -7,15 +7,22 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 from rwkvtune.data.binidx import BinIdx
 from rwkvtune.data.lm_dataset import LMDataset
 from rwkvtune.data.mixture import MixedDataset, Source, parse_sources
 from rwkvtune.data.sampler import PublishedOrder, RandomOrder, SampleOrder, ShuffledOrder
-from rwkvtune.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
+from rwkvtune.data.tokenizers import (
+    Tokenizer,
+    find_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+)
 from rwkvtune.errors import UserError
 from rwkvtune.training.config import TrainConfig
 from rwkvtune.training.log import PER_SOURCE
+from rwkvtune.training.plan import Plan
 
 FINGERPRINT_TOKENS = 2**19
 
@@ -30,6 +37,8 @@ class LMData:
     validation_weights: Sequence[float] | None
     """For the mean over several; None = by their tokens."""
     tokenizer: Tokenizer | None
+    ctx_len: int
+    order: str
 
     def check(self, vocab_size: int) -> None:
         """UserError for an id that the model has no row for, and for validation data that nothing
@@ -55,13 +64,39 @@ class LMData:
 
     @property
     def fingerprint(self) -> str:
-        """Tells other data under the same names: lengths, and a checksum over both ends."""
-        parts = []
-        for file in self.training:
-            tail, head = file.tokens[-FINGERPRINT_TOKENS:], file.tokens[:FINGERPRINT_TOKENS]
-            crc = zlib.crc32(head.tobytes(), zlib.crc32(tail.tobytes()))
-            parts.append(f"{len(file)} tokens, crc32 {crc:08x}")
+        """Tells other training data under the same names, and the same under others: lengths,
+        checksums over both ends, and shares in a mixture."""
+        parts = [_fingerprint(file) for file in self.training]
+        if isinstance(self.dataset, MixedDataset):
+            parts = [f"{s:.9g} of {p}" for s, p in zip(self.dataset.shares, parts, strict=True)]
         return "; ".join(parts)
+
+    @property
+    def validation_fingerprint(self) -> str:
+        """The same of the validation data."""
+        parts = [_fingerprint(file) for file in self.validation]
+        if self.validation_weights:
+            parts = [f"{w} x {p}" for w, p in zip(self.validation_weights, parts, strict=True)]
+        return "; ".join(parts)
+
+    def num_slots(self, global_bsz: int) -> int:
+        return self.dataset.num_slots
+
+    @property
+    def row_tokens(self) -> int:
+        return self.ctx_len
+
+    def save_beside(self, folder: Path) -> None:
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, folder)
+
+    def in_words(self, plan: Plan) -> list[tuple[str, str]]:
+        num_samples = plan.total_steps * plan.global_bsz
+        return [
+            ("data", f"{self.training_in_words()}, order {self.order}"),
+            ("validation", self.validation_in_words()),
+            ("passes over data", self.passes_in_words(num_samples)),
+        ]
 
     def training_in_words(self) -> str:
         files = [f"{file.prefix}: {len(file):,} tokens" for file in self.training]
@@ -87,7 +122,7 @@ class LMData:
         )
 
 
-def open_data(config: TrainConfig) -> LMData:
+def open_data(config: TrainConfig, notes: list[str]) -> LMData:
     """Open all token files; UserError for what cannot be read as the settings say."""
     d = config.data
     sources = parse_sources(d.data_file)
@@ -108,7 +143,15 @@ def open_data(config: TrainConfig) -> LMData:
         [BinIdx(source.prefix) for source in validation_sources],
         validation_weights or None,
         load_tokenizer(d.tokenizer) if d.tokenizer else _common_tokenizer(training),
+        d.ctx_len,
+        d.order,
     )
+
+
+def _fingerprint(file: BinIdx) -> str:
+    tail, head = file.tokens[-FINGERPRINT_TOKENS:], file.tokens[:FINGERPRINT_TOKENS]
+    crc = zlib.crc32(head.tobytes(), zlib.crc32(tail.tobytes()))
+    return f"{len(file)} tokens, crc32 {crc:08x}"
 
 
 def _weights(sources: Sequence[Source]) -> list[Fraction]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import signal
 import sys
 import time
 from array import array
@@ -24,7 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from rwkvtune.errors import UserError
+from rwkvtune.errors import UserError, discard_rest
 from rwkvtune.files import atomic_write
 
 if TYPE_CHECKING:
@@ -201,6 +202,8 @@ class RunLog:
             if name.startswith(PER_SOURCE) and value is not None:
                 text += f"  {name.removeprefix(PER_SOURCE)} {value:.4f}"
         self.line(text)
+        if not row["step"]:  # before the first step
+            self._record_unclaimed_validation()
 
     def epoch(self, epoch: int, mean_loss: float, lr: float, epoch_of_this_run: int) -> None:
         """Write the published line about a finished (mini-)epoch; mean_loss in nats per token."""
@@ -225,11 +228,7 @@ class RunLog:
             return
         for tracker in self._trackers:
             tracker.sample(text, step)
-        # What an early model writes may hold control characters, which would upset a terminal.
-        text = "".join(
-            c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-        )
-        indented = "\n".join(f"  | {part}" for part in text.split("\n"))
+        indented = "\n".join(f"  | {part}" for part in without_controls(text).split("\n"))
         self.line(f"sample at step {step}:\n{indented}")
 
     def close(self) -> None:
@@ -460,8 +459,12 @@ class Console:
         text = text.encode(encoding, "backslashreplace").decode(encoding)
         if self._rich:
             self._rich.print(text, soft_wrap=True)
-        else:
+            return
+        try:
             print(text, file=self.stream, flush=True)
+        except BrokenPipeError:  # the reader has left (`| head`): save, and stop
+            discard_rest(self.stream)
+            signal.raise_signal(signal.SIGTERM)
 
     def table(self, rows: list[tuple[str, str]]) -> None:
         if not self._rich:
@@ -659,6 +662,13 @@ def _by_layer(blocks: Sequence[Row]) -> dict[str, float | None]:
 def _exp(x: float) -> float:
     """e^x, infinite where a float ends: a diverged loss has to be logged too."""
     return math.exp(x) if x < 709 else x * math.inf
+
+
+def without_controls(text: str) -> str:
+    """What an early model writes may hold control characters, which would upset a terminal."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 def short_number(value: float) -> str:

@@ -33,15 +33,17 @@ class Plan:
         return self.global_bsz * self.ctx_len
 
 
-def make_plan(config: TrainConfig, *, world_size: int, num_slots: int) -> Plan:
+def make_plan(config: TrainConfig, *, world_size: int, num_slots: int, row_tokens: int = 0) -> Plan:
     """Work out steps and epochs.
 
-    num_slots: windows in one pass over the data.  Raises UserError when a pass is shorter than one
-    step and nothing says how long the run should be.
+    num_slots: windows in one pass over the data.  row_tokens: tokens of a window; 0 = ctx_len.
+    Raises UserError when a pass is shorter than one step and nothing says how long the run should
+    be.
     """
     s = config.schedule
     global_bsz = world_size * s.micro_bsz * s.accumulate_grad_batches
-    tokens_per_step = global_bsz * config.data.ctx_len
+    row_tokens = row_tokens or config.data.ctx_len
+    tokens_per_step = global_bsz * row_tokens
     pass_steps = num_slots // global_bsz
     epoch_steps = s.epoch_steps or s.epoch_samples // global_bsz or pass_steps
     if 0 < s.epoch_samples < global_bsz:
@@ -66,7 +68,7 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int) -> Plan:
         world_size,
         s.micro_bsz,
         s.accumulate_grad_batches,
-        config.data.ctx_len,
+        row_tokens,
         epoch_steps,
         by_epochs or one_pass or pass_steps,
         total_steps,

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkvtune.checkpoint import load_resume_state, resume_folder, save_resume_state
+from rwkvtune.checkpoint import (
+    load_resume_state,
+    resume_folder,
+    save_resume_state,
+    save_weights,
+)
 from rwkvtune.training.fabric import unwrapped, whole
 from rwkvtune.training.optim import load_optimizer_state, optimizer_state_to_tensors
 
@@ -84,6 +89,16 @@ class RunState:
         """Every parameter by its upstream name, whole, fp32. A collective call when sharded."""
         model = unwrapped(self.model)
         return {name: whole(p.detach()) for name, p in model.state_dict().items()}
+
+    def write_weights(self, run_folder: Path, label: str, *, dtype: str, write: bool) -> None:
+        """Write what others read, such as rwkv-<label>.pth; ranks with write=False only help
+        gathering.
+
+        label: init, the number of a mini-epoch, or final.  dtype: of the tensors in the file.
+        """
+        weights = self.weights()
+        if write:
+            save_weights(run_folder / f"rwkv-{label}.pth", weights, dtype=dtype)
 
     def save(self, run_folder: Path, *, write: bool) -> Path:
         """Write a resume state for the present step; ranks with write=False only help gathering."""

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from rwkvtune.checkpoint import load_resume_meta, load_weights, newest_resume_state
+from rwkvtune.configs import ModelConfig as Preset
+from rwkvtune.configs import load_model_config
+from rwkvtune.configs.comparison import differences, disagreement
 from rwkvtune.data.tokenizers import Tokenizer
 from rwkvtune.errors import UserError
 from rwkvtune.models import (
@@ -20,12 +23,15 @@ from rwkvtune.models import (
     CONFIGS,
     ModelConfig,
     build_model,
+    config_from_shapes,
     config_from_state_dict,
     fill_model,
+    recognise_version,
 )
+from rwkvtune.models.rwkv7.config import RWKV7Config
 from rwkvtune.training.config import FRESH_VERSION, ModelOptions, TrainConfig
 from rwkvtune.training.run_state import Progress
-from rwkvtune.weights_header import numbered_weights
+from rwkvtune.weights_header import numbered_weights, read_header
 
 DIMENSIONS = (
     "n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn",
@@ -60,7 +66,8 @@ def find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) -> 
     """Look into proj_dir and at load_model; nothing is written.
 
     The newest good resume state wins; then the highest rwkv-N.pth, which restarts the optimizer and
-    warms up as upstream does; then load_model; then rwkv-init.pth; then fresh weights.
+    warms up as upstream does; then load_model; then rwkv-init.pth; then the weights of the preset;
+    then fresh weights.
     notes: gets a line for each thing that a reader of the run should know.
     """
     seen = contents(Path(config.output.proj_dir))
@@ -93,6 +100,7 @@ def _find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) ->
             f"{folder} holds no run to go on with and resume=required: write its rwkv-init.pth "
             "first (--init_only true, RWKV-LM's stage 1), or check proj_dir"
         )
+    preset = preset_of(config.model)
     given = config.model.load_model
     if config.output.init_only:
         if state or numbered or final.exists():
@@ -102,9 +110,7 @@ def _find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) ->
             )
         if initial.exists():
             notes.append(f"{initial} is written anew")
-        if given:
-            return _from_file(config.model, Path(given), notes, may_resize=True)
-        return StartingPoint(_fresh_config(config.model, tokenizer), "initial values")
+        return _new_run(config.model, preset, tokenizer, notes)
     if state is not None:
         meta = load_resume_meta(state)
         recorded = CONFIG_CLASSES[meta["settings"]["version"]](**meta["settings"]["model"])
@@ -114,7 +120,8 @@ def _find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) ->
             resume_state=state,
             settings=meta["settings"],
             progress=Progress(**meta["progress"]),
-            problems=_disagreements(config.model, recorded, "the run"),
+            problems=_disagreements(config.model, recorded, "the run")
+            + _preset_problems(preset, recorded),
         )
     if numbered:
         number, path = numbered[-1]
@@ -123,28 +130,113 @@ def _find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) ->
             f"mini-epoch {number}, with a new optimizer and a new warmup"
             + (f"; load_model={given} is not used" if given else "")
         )
-        return _from_file(config.model, path, notes, epochs_behind=number + 1)
+        return _from_file(config.model, preset, path, notes, epochs_behind=number + 1)
     if final.exists():
         raise UserError(
             f"{folder} holds a finished run without a resume state: to train on from its weights, "
             f"give --load_model {final} and another proj_dir"
         )
+    if initial.exists() and not given:
+        return _from_file(config.model, preset, initial, notes)
+    return _new_run(config.model, preset, tokenizer, notes)
+
+
+def preset_of(flags: ModelOptions) -> Preset | None:
+    """The preset that the flags name; UserError when there is none or other flags contradict it."""
+    if not flags.model_config:
+        return None
+    preset = load_model_config(flags.model_config)
+    wrong = _disagreements(flags, preset.dimensions, "preset")
+    if wrong:
+        raise UserError(
+            f"the model flags disagree with preset {preset.shown_as}: {'; '.join(wrong)}. Leave "
+            "them out, or leave model_config out"
+        )
+    if flags.interpolate:
+        raise UserError(
+            "interpolate resizes weights, and model_config says that they have the preset's "
+            "dimensions: give the new dimensions by flags, and leave model_config out"
+        )
+    return preset
+
+
+def weights_named(flags: ModelOptions, preset: Preset | None) -> Path | None:
+    """The file that a flag names, else the preset; UserError for a preset's that is nowhere."""
+    if flags.load_model:
+        return Path(flags.load_model)
+    if preset is not None and preset.model_file is not None:
+        return preset.find_weights()
+    return None
+
+
+def preset_rows(config: TrainConfig) -> list[tuple[str, str]]:
+    """What a run that has a preset shows of it at its start."""
+    preset = preset_of(config.model)
+    if preset is None:
+        return []
+    flat = config.to_flat()
+    values = [
+        f"{name} {value:g}"
+        + ("" if flat[name] == value else f" (not followed: {name} {flat[name]:g})")
+        for name, value in preset.recommended().items()
+    ]
+    rows = [("preset", preset.shown_as), ("recommended", ", ".join(values) or "nothing")]
+    return [*rows, ("learning rate", f"{flat['lr_init']:g} to {flat['lr_final']:g}")]
+
+
+def _new_run(
+    flags: ModelOptions, preset: Preset | None, tokenizer: Tokenizer | None, notes: list[str]
+) -> StartingPoint:
+    """From the weights that a flag names, else the preset, else from initial values."""
+    given = weights_named(flags, preset)
     if given:
-        return _from_file(config.model, Path(given), notes, may_resize=True)
-    if initial.exists():
-        return _from_file(config.model, initial, notes)
-    return StartingPoint(_fresh_config(config.model, tokenizer), "initial values")
+        return _from_file(flags, preset, given, notes, may_resize=True)
+    config = _fresh_config(flags, tokenizer) if preset is None else preset.dimensions
+    return StartingPoint(config, "initial values")
+
+
+def _preset_problems(preset: Preset | None, found: ModelConfig) -> list[str]:
+    """Dimensions that an interrupted run and the preset do not share."""
+    if preset is None:
+        return []
+    if not isinstance(found, RWKV7Config):
+        return [f"the run is {found.version}, preset {preset.shown_as} {preset.dimensions.version}"]
+    return [
+        f"{name}: preset {said}, the run {real}" for name, said, real in differences(preset, found)
+    ]
+
+
+def check_preset(preset: Preset, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """UserError, with the preset corrected, for weights that do not have its dimensions."""
+    found = recognise_version(shapes)
+    if found.version != preset.dimensions.version:
+        raise UserError(
+            f"{path} holds {found}, and preset {preset.shown_as} is for RWKV-7 "
+            f"{preset.dimensions.version}: leave model_config out, the dimensions are read from "
+            "the weights"
+        )
+    dimensions = config_from_shapes(shapes)
+    assert isinstance(dimensions, RWKV7Config)
+    message = disagreement(preset, dimensions, str(path))
+    if message:
+        raise UserError(message)
 
 
 def _from_file(
     flags: ModelOptions,
+    preset: Preset | None,
     path: Path,
     notes: list[str],
     *,
     epochs_behind: int = 0,
     may_resize: bool = False,
 ) -> StartingPoint:
+    header = None if preset is None else read_header(path)
+    if preset is not None and header is not None:  # before gigabytes are read
+        check_preset(preset, {name: info.shape for name, info in header.tensors.items()}, path)
     weights = load_weights(path)
+    if preset is not None and header is None:
+        check_preset(preset, {name: tuple(w.shape) for name, w in weights.items()}, path)
     config = config_from_state_dict(weights)
     may_resize = may_resize and flags.interpolate
     if may_resize:

@@ -42,7 +42,7 @@ def test_a_run_folder_becomes_a_hugging_face_folder_and_weights_again(
     back, original = load_weights("back.pth"), load_weights("run/rwkv-final.pth")
     assert torch.equal(back["head.weight"], original["head.weight"].bfloat16())
     assert isinstance(find_tokenizer("back.pth"), ByteTokenizer)
-    assert main(["generate", "back.pth", "--prompt", "a", "--max_tokens", "1"]) == 0
+    assert main(["inspect", "back.pth"]) == 0
 
 
 def test_nothing_is_replaced_unless_asked_for(

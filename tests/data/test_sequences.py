@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rwkvtune.data.binidx import BinIdx
 from rwkvtune.data.sequences import (
@@ -16,6 +17,7 @@ from rwkvtune.data.sequences import (
     NumpyToJsonlConverter,
     load_array,
 )
+from rwkvtune.data.tokenizers.generic import GenericTokenizer, create_vocab_file_from_tokens
 from rwkvtune.data.tokenizers.integers import AngleTokenizer, IntegerTokenizer
 from rwkvtune.errors import MissingFileError, UserError
 
@@ -56,6 +58,9 @@ def test_one_dimension_is_cut_and_the_remainder_kept(
 def test_rows_may_have_different_lengths_and_a_transform_takes_any_value(tmp_path: Path) -> None:
     path = NumpyToJsonlConverter().convert([[1, 2, 3], [4]], tmp_path / "x.jsonl")
     assert texts(path) == ["1 2 3", "4"]
+    rows = np.empty(2, object)
+    rows[:] = [1, 2], [3]
+    assert texts(NumpyToJsonlConverter().convert(rows, path)) == ["1 2", "3"]
     np.save(tmp_path / "x.npy", np.array([[0.26, 0.99]]))
     halves = NumpyToJsonlConverter(lambda value: str(round(2 * value)))
     assert texts(halves.convert_file(tmp_path / "x.npy", path)) == ["1 2"]
@@ -74,6 +79,9 @@ def test_rows_may_have_different_lengths_and_a_transform_takes_any_value(tmp_pat
         ([], "the data are empty"),
         (np.zeros((2, 2, 2), int), r"shape \(2, 2, 2\)"),
         (7, r"shape \(\)"),
+        ([[[1], [2]], [[3]]], "row 0 of the data is no row of numbers"),
+        ([1, [2, 3]], "row 0 of the data is no row of numbers"),
+        (torch.ones(2, 2, requires_grad=True), r"the data are no array .*detach"),
     ],
 )
 def test_what_cannot_be_used_is_named_before_anything_is_written(
@@ -82,6 +90,17 @@ def test_what_cannot_be_used_is_named_before_anything_is_written(
     with pytest.raises(UserError, match=said):
         DataPipeline(IntegerTokenizer(9)).process(data, tmp_path / "data")
     assert not list(tmp_path.iterdir())
+
+
+def test_values_that_a_vocabulary_lacks_are_named_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    vocabulary = create_vocab_file_from_tokens(["1", " "], tmp_path / "vocab.txt")
+    pipeline = DataPipeline(GenericTokenizer(vocabulary))
+    with pytest.raises(UserError, match="row 1 of the data: no token of the vocabulary fits"):
+        pipeline.process([[1, 1], [1, 2]], tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+    assert pipeline.process([[1, 1], [1, 1]], tmp_path / "data")["total_tokens"] == 8
 
 
 def test_an_angle_out_of_range_is_told_what_to_do(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ REFUSED = {
     "d.jsonl": (b'{"text": 5}', "d.jsonl: line 1: expected"),
     "e.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}', "e.jsonl: line 2: byte 10 (0xe9) is not UTF-8"),
     "f.jsonl": (b"[" * 200_000, "f.jsonl: line 1: cannot be read as JSON (maximum recursion"),
-    "g.jsonl": (b'{"body": "a"}', "The fields here are body: name the one with the text by"),
+    "g.jsonl": (b'{"body": "a"}', "The fields here are body: call the one with the text 'text'"),
     "h.jsonl": (b'{"text": "a"}\n' * 100_000 + b"x", "h.jsonl: line 100001: not JSON"),
     "cut.txt.gz": (CUT, "cut.txt.gz: ends in the middle"),
     "cut.txt.zst": (zstandard.compress(b"some text" * 99)[:20], "cut.txt.zst: ends in the middle"),

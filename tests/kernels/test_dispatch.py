@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,21 +12,31 @@ from rwkvtune.kernels import dispatch
 from rwkvtune.kernels.wkv7 import wkv7
 
 
-def test_the_matrix_form_is_chosen_everywhere_with_a_reason() -> None:
+def test_a_gpu_gets_the_triton_kernel_and_all_else_the_matrix_form_with_a_reason() -> None:
     assert dispatch.choose("wkv7", "cpu", torch.float32, 64) == ("chunked", "no GPU in use")
-    on_gpu = dispatch.choose("wkv7", "cuda", torch.bfloat16, 64, triton_available=True)
-    assert on_gpu.backend == "chunked"
-    assert "no cuda kernel of its own" in on_gpu.reason
+    on_gpu = partial(dispatch.choose, "wkv7", "cuda", torch.bfloat16, triton_available=True)
+    assert on_gpu(64) == ("triton_gpu", "GPU")
+    assert on_gpu(64, precision="high").backend == "triton_gpu_high"
+    assert on_gpu(48) == ("chunked", "head size 48 is not one of 32, 64, 128")
+    assert on_gpu(64, triton_available=False).backend == "chunked"
+    assert dispatch.choose("wkv7", "mps", torch.float32, 64).backend == "chunked"
 
 
 def test_a_backend_asked_for_by_name_is_taken() -> None:
     assert dispatch.choose("wkv7", "cpu", torch.float32, 64, "reference").backend == "reference"
 
 
-@pytest.mark.parametrize("name", ["triton_gpu", "fast"])
-def test_a_backend_that_does_not_exist_is_refused_with_those_that_do(name: str) -> None:
-    with pytest.raises(UserError, match=f"'{name}'.*chunked, reference or 'auto'"):
-        dispatch.choose("wkv7", "cuda", torch.bfloat16, 64, name, triton_available=True)
+def test_a_backend_that_does_not_exist_is_refused_with_those_that_do() -> None:
+    with pytest.raises(UserError, match="'fast'.*chunked, reference, triton_gpu"):
+        dispatch.choose("wkv7", "cuda", torch.bfloat16, 64, "fast", triton_available=True)
+
+
+def test_a_triton_kernel_asked_for_by_name_where_none_can_run_is_refused_with_the_reason() -> None:
+    ask = partial(dispatch.choose, "wkv7", "cuda", requested="triton_gpu")
+    with pytest.raises(UserError, match="cannot run here: triton is not installed"):
+        ask(torch.bfloat16, 64)
+    with pytest.raises(UserError, match="cannot run here: .*float64"):
+        ask(torch.float64, 64, triton_available=True)
 
 
 def test_the_environment_names_the_backend_only_where_the_caller_does_not(

@@ -19,7 +19,13 @@ from rwkvtune.data.tokenizers.custom import BaseTokenizer
 from rwkvtune.data.tokenizers.generic import GenericTokenizer, create_vocab_file_from_tokens
 from rwkvtune.data.tokenizers.integers import AngleTokenizer, IntegerTokenizer
 from rwkvtune.errors import MissingFileError, UserError
-from rwkvtune.pipeline import DataConfig, ModelConfig, RWKVTrainingPipeline, TrainingConfig
+from rwkvtune.pipeline import (
+    DataConfig,
+    ModelConfig,
+    RWKVTrainingPipeline,
+    TrainingConfig,
+    load_checkpoint_for_training,
+)
 
 MODEL = ModelConfig("x070", n_layer=1, n_embd=32, ctx_len=16, head_size_a=16)
 TRAINING = TrainingConfig(micro_bsz=4, precision="fp32", grad_cp=0, lr_schedule="constant")
@@ -107,7 +113,8 @@ def test_a_new_object_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None
     expected = whole.train(DATA, num_epochs=4)
     stopped = pipeline(tmp_path / "stopped", data_config=DataConfig(val_share=0.25))
     stopped.train(DATA, num_epochs=2)
-    reopened = RWKVTrainingPipeline(tmp_path / "stopped")
+    (tmp_path / "stopped").rename(tmp_path / "moved")
+    reopened = RWKVTrainingPipeline(tmp_path / "moved")
     assert reopened.data_prepared and reopened.model_initialized
     assert reopened.model_config == whole.model_config
     assert reopened.training_config == TRAINING and reopened.data_config.val_share == 0.25
@@ -138,6 +145,17 @@ def test_a_run_is_not_begun_again_by_mistake(copy: Path) -> None:
     assert not same(copy / "out/rwkv-init.pth", copy / "out-1/rwkv-init.pth")
     assert opened.train(num_epochs=1).steps == 2
     assert RWKVTrainingPipeline(copy).seed == 7
+
+
+def test_settings_that_a_run_does_not_go_on_with_are_not_kept(copy: Path) -> None:
+    other = dataclasses.replace(TRAINING, lr_init=1.0)
+    with pytest.raises(UserError, match=r"lr_init: 0.0006 -> 1.0"):
+        pipeline(copy, training_config=other).train(num_epochs=3, continue_training=True)
+    opened = RWKVTrainingPipeline(copy)
+    with pytest.raises(UserError, match=r"random_seed: 42 -> 7"):
+        opened.train(num_epochs=3, continue_training=True, random_seed=7)
+    assert opened.seed == 42
+    assert RWKVTrainingPipeline(copy).train(num_epochs=3, continue_training=True).steps == 6
 
 
 def test_a_model_can_be_made_before_it_is_trained(tmp_path: Path) -> None:
@@ -278,6 +296,19 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_changes(
     assert not made.model_initialized
 
 
+def test_versions_that_are_not_trained_are_refused_by_name(tmp_path: Path) -> None:
+    made = pipeline(tmp_path / "work")
+    made.prepare_data(DATA)
+    key = torch.zeros(8, 8)
+    for evidence, name in (("att.time_first", "RWKV-4"), ("att.time_maa_rkvw_w1", "x060b")):
+        path = tmp_path / "weights.pth"
+        torch.save({"emb.weight": key, f"blocks.0.{evidence}": key}, path)
+        assert name in made.inspect_checkpoint(path)["detected_config"]["model_type"]
+        for call in (load_checkpoint_for_training, made.train_from_checkpoint):
+            with pytest.raises(UserError, match=rf"weights.pth: these weights are .*{name}"):
+                call(path)
+
+
 def test_a_tokenizer_of_more_ids_than_rows_is_refused_with_both_numbers(
     trained: Path, tmp_path: Path
 ) -> None:
@@ -296,6 +327,13 @@ def test_nothing_is_trained_on_nothing(tmp_path: Path) -> None:
         made.train(continue_training=True)
     with pytest.raises(UserError, match="num_epochs=0"):
         made.train(DATA, num_epochs=0)
+    for seed in ("7", 1.5, -2):
+        with pytest.raises(UserError, match="random_seed=.* must be a whole number"):
+            made.train(DATA, random_seed=seed)  # type: ignore[arg-type]
+    for name in ("../train", "", 5):
+        with pytest.raises(UserError, match="is no name for data"):
+            made.prepare_data(DATA, name)  # type: ignore[arg-type]
+    assert list((tmp_path / "data").iterdir()) == []
     assert made.get_latest_checkpoint() is None and made.list_checkpoints() == []
     made.model_config.ctx_len = 1000
     with pytest.raises(UserError, match="132 tokens are too few for ctx_len 1000"):
@@ -314,6 +352,9 @@ def test_nothing_is_trained_on_nothing(tmp_path: Path) -> None:
         (lambda: TrainingConfig(grad_cp=2), "grad_cp=2 must be 0 or 1"),
         (lambda: DataConfig(val_share=1.0), "val_share=1.0"),
         (lambda: DataConfig(sequence_length=0), "sequence_length=0"),
+        (lambda: ModelConfig(head_size_a=0), "head_size_a=0 must be at least 1"),
+        (lambda: RWKVTrainingPipeline("x", TrainingConfig()), "given where a ModelConfig is"),  # type: ignore[arg-type]
+        (lambda: RWKVTrainingPipeline("/dev/null/x"), "/dev/null/x"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_at_once(make: Any, said: str) -> None:
@@ -354,18 +395,26 @@ print("SCRIPT BEGINS")
 p = RWKVTrainingPipeline({work!r}, ModelConfig("x070", 1, 32, ctx_len=16, head_size_a=16),
     TrainingConfig(micro_bsz=2, precision="fp32", devices=2, grad_cp=0),
     tokenizer=IntegerTokenizer(19))
-result = p.train([[i % 20 for i in range(10)]] * 12, num_epochs=1)
+p.prepare_data([[i % 20 for i in range(10)]] * 12)
+p.initialize_model()
+result = p.train(num_epochs=1)
 print("SCRIPT ENDS", result.steps)
 p.training_config.lr_init = 1.0
 p.train(num_epochs=2, continue_training=True)
 """
 
 
-def test_two_devices_from_a_script_without_a_guard(tmp_path: Path) -> None:
+def test_two_devices_from_a_script_without_a_guard_and_from_a_notebook(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(work=str(tmp_path / "work")))
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, cwd=tmp_path
+        # -i: Lightning takes it for a notebook, in which it makes no Fabric of several devices.
+        [sys.executable, "-i", str(script)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
     )
     assert done.stdout.count("SCRIPT BEGINS") == 1
     assert "2 device(s)" in done.stdout and "SCRIPT ENDS 2" in done.stdout

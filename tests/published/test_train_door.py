@@ -23,8 +23,8 @@ from rwkvtune.cli.train import parse_settings
 from rwkvtune.errors import UserError
 from rwkvtune.models import RWKV7Config, build_model, recognise_version
 from rwkvtune.training.config import TrainConfig, setting_types
-from rwkvtune.training.lm import make_schedule
 from rwkvtune.training.plan import make_plan
+from rwkvtune.training.run import make_schedule
 
 ROOT = Path(__file__).resolve().parents[2]
 

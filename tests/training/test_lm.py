@@ -195,7 +195,7 @@ def test_a_tensor_that_no_rank_can_hold_is_a_line_about_memory(
     def full(*unused: object, **also_unused: object) -> None:
         raise torch.OutOfMemoryError("Tried to allocate 20.00 GiB.\nMore lines.")
 
-    monkeypatch.setattr("rwkvtune.training.lm.fit", full)
+    monkeypatch.setattr("rwkvtune.training.run.fit", full)
     with pytest.raises(UserError, match=r"Tried to allocate 20.00 GiB\. A smaller --micro_bsz"):
         train(text, tmp_path / "run", micro_bsz=2, exit_tokens=640)
 

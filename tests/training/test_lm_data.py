@@ -49,6 +49,8 @@ def test_a_killed_mixture_goes_on_to_the_same_bits_and_validates_each_source(
     assert run([*argv, "--proj_dir", str(killed)], tmp_path / "out", blow).code == -9
     assert run([*argv, "--proj_dir", str(killed)], tmp_path / "out").code == 0
     assert outcome(killed) == outcome(whole)
+    other_shares = ["--data_file", f"{a}:0.6,{b}:0.4", "--proj_dir", str(killed)]
+    assert "data: '0.7 of 3010" in run([*argv, *other_shares], tmp_path / "out").output
 
     row = metrics(whole)[-1]
     letters, digits = float(row["val_loss/letters"]), float(row["val_loss/digits"])
@@ -74,7 +76,7 @@ def test_what_cannot_be_mixed_is_refused(prefixes: tuple[str, str], tmp_path: Pa
 
     def refused(**settings: object) -> str:
         with pytest.raises(UserError) as caught:
-            open_data(TrainConfig.from_flat({"ctx_len": 32, **settings}))
+            open_data(TrainConfig.from_flat({"ctx_len": 32, **settings}), [])
         return str(caught.value)
 
     assert f"such as {a}:0.5,{b}:0.5" in refused(data_file=f"{a},{b}")
@@ -93,6 +95,6 @@ def test_sources_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> 
         with BinIdxWriter(names[-1], 10) as writer:
             writer.add_document(range(1, 10))
     settings = {"data_file": names[0], "val_data_file": ",".join(names), "ctx_len": 2}
-    assert open_data(TrainConfig.from_flat(settings)).validation_columns == [
+    assert open_data(TrainConfig.from_flat(settings), []).validation_columns == [
         f"val_loss/{name}" for name in names
     ]

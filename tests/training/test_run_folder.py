@@ -166,12 +166,10 @@ def test_what_may_change_at_resume_changes_and_goes_on(
 
 
 def test_any_other_difference_is_refused_all_of_them_in_one_line(
-    finished: Path, text: Path, tmp_path: Path
+    finished: Path, text: Path
 ) -> None:
     before = everything(finished)
-    other = tmp_path / "text"
-    for end in ("bin", "idx", "tokenizer.json"):
-        shutil.copy(f"{text}.{end}", f"{other}.{end}")
+    other = f"{text}_val"
     more = {
         "lr_init": 1e-3, "n_embd": 128, "order": "shuffled", "random_seed": 7, "micro_bsz": 8,
         "data_file": other, "precision": "bf16", "beta2": 0.95, "epoch_steps": 5,
@@ -188,13 +186,17 @@ def test_any_other_difference_is_refused_all_of_them_in_one_line(
     assert everything(finished) == before
 
 
-def test_other_data_under_the_same_name_are_refused(
-    finished: Path, text: Path, tmp_path: Path
+def test_data_may_be_moved_but_other_data_under_the_same_name_are_refused(
+    text: Path, tmp_path: Path
 ) -> None:
     moved = tmp_path / "data"
     shutil.copytree(text.parent, moved)
     folder = tmp_path / "run"
-    assert train(moved / text.name, folder, epoch_count=1).code == 0
+    assert train(text, folder, epoch_count=1, val_data_file=f"{text}_val").code == 0
+    again = train(moved / text.name, folder, val_data_file=f"{moved / text.name}_val")
+    assert again.code == 0 and "resumed from" in again.output
+    without = train(moved / text.name, folder, epoch_count=9)
+    assert without.code == 2 and "val_data_file: " in without.output
     with open(f"{moved / text.name}.bin", "r+b") as file:
         file.write(b"\x05\x00\x06\x00")
     ended = train(moved / text.name, folder)

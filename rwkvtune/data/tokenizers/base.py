@@ -21,8 +21,8 @@ END_OF_DOCUMENT = 0
 PIECE_BYTES = 1 << 21
 """A longer text is encoded in pieces of about this size, so that memory does not grow with it."""
 
-_CHECKED_TOGETHER = 1 << 15  # ids: what is made for them then stays in the cache
-_LOOKED_AT = 1 << 12  # bytes looked at together for a place to cut
+_CHECKED_TOGETHER = 1 << 14  # ids: what is made for them then stays in the cache
+_LOOKED_AT = 1 << 8  # bytes looked at together for a place to cut
 _WORD = 8  # bytes compared together
 # Row n: n bytes of ones, then zeros.
 _MASKS = np.frombuffer(
@@ -34,7 +34,7 @@ class EncodedTexts(NamedTuple):
     """Several texts as ids."""
 
     ids: np.ndarray
-    """[n] int64: of all texts, one after the other, END_OF_DOCUMENT after each."""
+    """[n] of an integer type: of all texts, one after the other, END_OF_DOCUMENT after each."""
 
     sizes: np.ndarray
     """[texts] int64: how many of the ids belong to each."""
@@ -81,6 +81,9 @@ class Tokenizer(Protocol):
     def token_byte_lengths(self) -> np.ndarray:
         """[vocab_size] int64: number of bytes that each id stands for."""
 
+    def save_vocab(self, path: str | os.PathLike[str]) -> None:
+        """Write the ids that stand for text as a vocabulary file in RWKV's format."""
+
     def to_json(self) -> dict[str, Any]:
         """All that load_tokenizer needs to make the same one again."""
 
@@ -109,26 +112,31 @@ class TableTokenizer:
 
     def encode_documents(self, texts: Sequence[str], *, unfinished: bool = False) -> EncodedTexts:
         collected = array("I")
-        id_ends = []
         all_encoded = [utf8(text) for text in texts]
+        self._append_documents(collected, texts, all_encoded)
+        if unfinished:
+            collected.pop()
+        ids = np.frombuffer(collected, np.uint32)
+        text_bytes = np.fromiter(map(len, all_encoded), np.int64, len(all_encoded))
+        ends = np.flatnonzero(ids == END_OF_DOCUMENT) + 1
+        if unfinished:
+            ends = np.append(ends, len(ids))
+        if not self._gives_back(ids, ends, text_bytes, b"".join(all_encoded)):
+            raise self._does_not_come_back(texts)
+        return EncodedTexts(ids, np.diff(ends, prepend=0), text_bytes)
+
+    def _append_documents(
+        self, ids: array[int], texts: Sequence[str], all_encoded: Sequence[bytes]
+    ) -> None:
+        """Append the ids of all texts, END_OF_DOCUMENT after each."""
         for text, encoded in zip(texts, all_encoded, strict=True):
             try:
                 for piece, encoded_piece in self._pieces(text, encoded):
-                    self._append_ids(collected, piece, encoded_piece)
+                    self._append_ids(ids, piece, encoded_piece)
             except UserError:
-                self._append_ids(collected, text, encoded)  # for the position in the whole text
+                self._append_ids(ids, text, encoded)  # for the position in the whole text
                 raise
-            collected.append(END_OF_DOCUMENT)
-            id_ends.append(len(collected))
-        if unfinished:
-            collected.pop()
-            id_ends[-1] -= 1
-        ids = np.frombuffer(collected, np.uint32).astype(np.int64)
-        sizes = np.diff(np.array(id_ends, np.int64), prepend=0)
-        text_bytes = np.fromiter(map(len, all_encoded), np.int64, len(all_encoded))
-        if not self._gives_back(ids, sizes, text_bytes, b"".join(all_encoded)):
-            raise self._does_not_come_back(texts)
-        return EncodedTexts(ids, sizes, text_bytes)
+            ids.append(END_OF_DOCUMENT)
 
     def _pieces(self, text: str, encoded: bytes) -> Iterator[tuple[str, bytes]]:
         """The text, and in UTF-8, in pieces whose ids can be made one by one."""
@@ -146,27 +154,30 @@ class TableTokenizer:
         yield text, encoded
 
     def _gives_back(
-        self, ids: np.ndarray, sizes: np.ndarray, text_bytes: np.ndarray, expected: bytes
+        self, ids: np.ndarray, ends: np.ndarray, text_bytes: np.ndarray, expected: bytes
     ) -> bool:
-        """Whether the ids stand for exactly these texts.
+        """Whether the ids stand for exactly these texts, those of each text up to its end.
 
         Several times faster than joining the strings of the ids: 8 bytes at a time, the words that
         begin at each byte of the texts against the words of the ids.
         """
-        lengths = self._lengths.take(ids)
-        bounds = np.zeros(len(ids) + 1, np.int64)
-        np.cumsum(lengths, out=bounds[1:])
-        if not np.array_equal(bounds.take(np.cumsum(sizes)), np.cumsum(text_bytes)):
-            return False
+        offsets = np.zeros(len(ends) + 1, np.int64)  # bytes before the end of each text
+        begin = 0
         for i in range(0, len(ids), _CHECKED_TOGETHER):
-            part = slice(i, i + _CHECKED_TOGETHER)
-            starts = bounds[:-1][part]
-            begin, end = int(starts[0]), int(starts[-1] + lengths[part][-1])
-            padded = np.frombuffer(expected[begin:end] + bytes(_WORD), np.uint8)
-            words = np.ndarray((end - begin + 1,), np.uint64, padded, strides=(1,))
-            if not self._are_words(ids[part], lengths[part], words, starts - begin):
+            part = ids[i : i + _CHECKED_TOGETHER].astype(np.int64)
+            lengths = self._lengths.take(part)
+            stops = np.cumsum(lengths)
+            first, last = np.searchsorted(ends, (i, i + len(part)), side="right")
+            offsets[first:last] = begin + stops.take(ends[first:last] - i - 1)
+            content = expected[begin : begin + int(stops[-1])]
+            if len(content) < stops[-1]:
                 return False
-        return True
+            padded = np.frombuffer(content + bytes(_WORD), np.uint8)
+            words = np.ndarray((len(content) + 1,), np.uint64, padded, strides=(1,))
+            if not self._are_words(part, lengths, words, stops - lengths):
+                return False
+            begin += len(content)
+        return begin == len(expected) and np.array_equal(offsets[:-1], np.cumsum(text_bytes))
 
     def _are_words(
         self, ids: np.ndarray, lengths: np.ndarray, words: np.ndarray, starts: np.ndarray
@@ -271,6 +282,15 @@ class TableTokenizer:
     def token_byte_lengths(self) -> np.ndarray:
         lengths: np.ndarray = self._lengths.copy()
         return lengths
+
+    def save_vocab(self, path: str | os.PathLike[str]) -> None:
+        """Write the vocabulary file; GenericTokenizer(path) reads it."""
+        from rwkvtune.data.tokenizers.vocabulary import save_vocabulary
+
+        no_text = {END_OF_DOCUMENT, *self.unused_ids}
+        save_vocabulary(
+            {id: token for id, token in enumerate(self._table) if id not in no_text}, path
+        )
 
 
 def _begins_character(content: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkvtune.data.tokenizers.base import END_OF_DOCUMENT, EncodedTexts, Tokenizer, utf8
+from rwkvtune.data.tokenizers.base import END_OF_DOCUMENT, EncodedTexts, utf8
 from rwkvtune.data.tokenizers.vocabulary import save_vocabulary
 from rwkvtune.errors import UserError
 
@@ -72,19 +72,9 @@ class BaseTokenizer:
 
     def save_vocab(self, path: str | os.PathLike[str]) -> None:
         """Write a vocabulary file with what each id alone decodes to."""
-        save_vocab(self, path)
+        decoded = {id: self.decode_bytes([id]) for id in range(1, self.vocab_size)}
+        save_vocabulary({id: token for id, token in decoded.items() if token}, path)
 
     def to_json(self) -> dict[str, Any]:
         """Says only that there was one: its class is needed to make it again."""
         return {"kind": self.name, "class": type(self).__qualname__}
-
-
-def save_vocab(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
-    """Write a tokenizer's ids that stand for text as a vocabulary file in RWKV's format."""
-    unused = set(tokenizer.unused_ids)
-    tokens = {
-        id: token
-        for id in range(1, tokenizer.vocab_size)
-        if id not in unused and (token := tokenizer.decode_bytes([id]))
-    }
-    save_vocabulary(tokens, path)

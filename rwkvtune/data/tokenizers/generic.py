@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from rwkvtune.data.tokenizers.base import utf8
-from rwkvtune.data.tokenizers.custom import BaseTokenizer, save_vocab
+from rwkvtune.data.tokenizers.custom import BaseTokenizer
 from rwkvtune.data.tokenizers.vocabulary import (
     VocabularyTokenizer,
     read_vocabulary,
@@ -45,10 +45,6 @@ class GenericTokenizer(VocabularyTokenizer, BaseTokenizer):
         """Print each id beside what it stands for."""
         for id in tokens:
             print(f"{id} {self.decode_bytes([id])!r}")
-
-    def save_vocab(self, path: str | os.PathLike[str]) -> None:
-        """Write the vocabulary file; GenericTokenizer(path) reads it."""
-        save_vocab(self, path)
 
 
 def create_vocab_file_from_tokens(

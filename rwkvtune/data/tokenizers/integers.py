@@ -41,11 +41,7 @@ class IntegerTokenizer(TableTokenizer, BaseTokenizer):
     ) -> None:
         if vocab_file is not None:
             max_value = _max_value_of(vocab_file, max_value)
-        if isinstance(max_value, bool) or not isinstance(max_value, int | np.integer):
-            raise UserError(f"max_value={max_value!r} must be a whole number")
-        if not 0 <= max_value < MAX_ID:
-            raise UserError(f"max_value={max_value} must be in 0 to {MAX_ID - 1}")
-        self.max_value = int(max_value)
+        self.max_value = _checked_max_value(max_value)
         rows = padded(self.max_value + 2, padded_vocab_size)
         self.unused_ids = range(self.max_value + 2, rows)
         # A number and the blank after it, so that the texts of single ids can be joined.
@@ -168,10 +164,17 @@ def create_default_vocab_file(
     filepath: str | os.PathLike[str], max_value: int = DEFAULT_MAX_VALUE
 ) -> str:
     """Write the vocabulary file of IntegerTokenizer(max_value); returns its path."""
+    values = range(_checked_max_value(max_value) + 1)
+    save_vocabulary({1 + value: b"%d" % value for value in values}, filepath)
+    return os.fspath(filepath)
+
+
+def _checked_max_value(max_value: object) -> int:
+    if isinstance(max_value, bool) or not isinstance(max_value, int | np.integer):
+        raise UserError(f"max_value={max_value!r} must be a whole number")
     if not 0 <= max_value < MAX_ID:
         raise UserError(f"max_value={max_value} must be in 0 to {MAX_ID - 1}")
-    save_vocabulary({1 + value: b"%d" % value for value in range(max_value + 1)}, filepath)
-    return os.fspath(filepath)
+    return int(max_value)
 
 
 def whole_number(value: object) -> int | None:

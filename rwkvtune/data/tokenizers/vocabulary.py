@@ -222,13 +222,18 @@ def table_of(tokens: Mapping[int, bytes], num_rows: int) -> tuple[list[bytes], l
 
 
 def padded(needed: int, wanted: int) -> int:
-    """Rows of a model: as many as are wanted, 0 = as are needed; UserError for fewer."""
+    """Rows of a model: as many as are wanted, 0 = as are needed; UserError for fewer, or for what
+    is no number of rows."""
+    if isinstance(wanted, bool) or not isinstance(wanted, int | np.integer) or wanted > MAX_ID + 1:
+        raise UserError(
+            f"padded_vocab_size={wanted!r} must be a whole number of at most {MAX_ID + 1}"
+        )
     if wanted and wanted < needed:
         raise UserError(
             f"padded_vocab_size={wanted} is less than the {needed} ids that the vocabulary needs "
             "(its largest id + 1): give that number or more, or 0"
         )
-    return wanted or needed
+    return int(wanted) or needed
 
 
 def save_vocabulary(tokens: Mapping[int, bytes], path: str | os.PathLike[str]) -> None:

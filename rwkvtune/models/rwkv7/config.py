@@ -22,6 +22,7 @@ __all__ = [
     "TENSORS",
     "UNUSED",
     "RWKV7Config",
+    "SimpleTrainConfig",
     "config_from_shapes",
     "low_rank_width",
     "tensor_shapes",
@@ -98,6 +99,56 @@ class RWKV7Config:
         ranks = self.decay_rank + self.a_rank + self.v_rank + self.g_rank
         unused = 2 * C * self.v_rank  # layer 0 makes the first value and mixes in none
         return V * C + L * (4 * C * C + 2 * C * self.dim_ffn + 2 * C * ranks) - unused
+
+
+@dataclass(frozen=True)
+class SimpleTrainConfig:
+    """The dimensions of an x070 model under the names that rwkvtune's presets publish."""
+
+    n_layer: int
+    n_embd: int
+    vocab_size: int
+    head_size_a: int
+    dim_att_lora: int
+    """Columns of w1, and of a1 unless `dim_a_lora` says otherwise."""
+    dim_gate_lora: int
+    """Columns of g1."""
+    dim_mv_lora: int
+    """Columns of v1."""
+    dim_a_lora: int = 0
+    """Columns of a1; 0 = dim_att_lora, as in all released weights. Ours: published presets have no
+    name for it."""
+    dim_ffn: int = 0
+    """Width of the channel mix; 0 = 4 * n_embd, as in all released weights. Ours too."""
+
+    @classmethod
+    def of(cls, model: RWKV7Config) -> SimpleTrainConfig:
+        """The same dimensions; the two of ours are 0 where the published names say it all."""
+        return cls(
+            n_layer=model.n_layer,
+            n_embd=model.n_embd,
+            vocab_size=model.vocab_size,
+            head_size_a=model.head_size,
+            dim_att_lora=model.decay_rank,
+            dim_gate_lora=model.g_rank,
+            dim_mv_lora=model.v_rank,
+            dim_a_lora=0 if model.a_rank == model.decay_rank else model.a_rank,
+            dim_ffn=0 if model.dim_ffn == 4 * model.n_embd else model.dim_ffn,
+        )
+
+    def model_config(self) -> RWKV7Config:
+        """UserError for dimensions that no model can have."""
+        return RWKV7Config(
+            vocab_size=self.vocab_size,
+            n_layer=self.n_layer,
+            n_embd=self.n_embd,
+            head_size=self.head_size_a,
+            dim_ffn=self.dim_ffn,
+            decay_rank=self.dim_att_lora,
+            a_rank=self.dim_a_lora or self.dim_att_lora,
+            v_rank=self.dim_mv_lora,
+            g_rank=self.dim_gate_lora,
+        )
 
 
 UNUSED = frozenset(f"blocks.0.att.v{i}" for i in range(3))

@@ -9,8 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rwkvtune.data.tokenizers import find_tokenizer, save_tokenizer
-from rwkvtune.data.tokenizers.custom import BaseTokenizer, save_vocab
+from rwkvtune.data.tokenizers import (
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    find_tokenizer,
+    save_tokenizer,
+)
+from rwkvtune.data.tokenizers.custom import BaseTokenizer
 from rwkvtune.data.tokenizers.generic import GenericTokenizer, create_vocab_file_from_tokens
 from rwkvtune.data.tokenizers.world import WorldTokenizer
 from rwkvtune.errors import UserError
@@ -65,11 +71,23 @@ def test_padding_gives_the_model_more_rows_and_survives_saving(tmp_path: Path) -
     assert kept is not None and (kept.vocab_size, kept.encode("ba")) == (64, [2, 1])
     with pytest.raises(UserError, match="padded_vocab_size=2 is less than the 3 ids"):
         GenericTokenizer(path, padded_vocab_size=2)
+    for wrong in (2**40, "64", True):
+        with pytest.raises(UserError, match="padded_vocab_size=.* must be a whole number of at"):
+            GenericTokenizer(path, padded_vocab_size=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharTokenizer.from_text("aé'\n\\")])
+def test_the_vocabulary_of_any_tokenizer_makes_the_same_ids(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save_vocab(tmp_path / "vocab.txt")
+    text = "é'a\\\n"
+    assert GenericTokenizer(tmp_path / "vocab.txt").encode(text) == tokenizer.encode(text)
 
 
 def test_the_world_vocabulary_works_as_a_file_too(tmp_path: Path) -> None:
     world = WorldTokenizer()
-    save_vocab(world, tmp_path / "world.txt")
+    world.save_vocab(tmp_path / "world.txt")
     generic = GenericTokenizer(tmp_path / "world.txt", padded_vocab_size=65536)
     text = "Hello, world! 你好，世界 \N{GRINNING FACE}\r\n"
     assert GenericTokenizer(tmp_path / "world.txt").vocab_size == 65530

@@ -87,6 +87,14 @@ def test_any_text_comes_back_from_bytes_and_world(text: str, world: Tokenizer) -
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_texts_joined_by_the_byte_0_keep_their_world_ids(world: Tokenizer, reference: Any) -> None:
+    holding = [id for id, token in reference.idx2token.items() if b"\0" in token]
+    assert [reference.idx2token[id] for id in holding] == [b"\0"]
+    texts = ["a", "", "\0", "b\0", "\0c", "\0\0", "de" * 20_000, " ", "f " * 9_000, "\n\n", "\n"]
+    expected = [id for text in texts for id in [*reference.encode(text), 0]]
+    assert world.encode_documents(texts).ids.tolist() == expected
+
+
 @settings(max_examples=60, deadline=None)
 @given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=6), unfinished=st.booleans())
 def test_many_texts_at_once_give_the_ids_of_each(
@@ -174,6 +182,7 @@ def test_bytes_that_move_from_one_text_to_the_next_are_noticed(
     from pyrwkv_tokenizer import RWKVTokenizer
 
     ids = {"ab": world.encode("a"), "c": world.encode("bc")}
+    ids["ab\0c\0"] = [*ids["ab"], 1, *ids["c"], 1]
     monkeypatch.setattr(RWKVTokenizer, "encode", lambda self, text: ids[text])
     with pytest.raises(UserError, match="does not give this text back"):
         world.encode_documents(["ab", "c"])

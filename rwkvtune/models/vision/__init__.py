@@ -1,0 +1,1 @@
+"""Pictures for a language model: frozen encoder, trained adapter, RWKV-7."""
