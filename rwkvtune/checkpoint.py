@@ -248,7 +248,7 @@ def stored_as(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         return stored
     low, high = tensor.aminmax()  # looks at the values without copies of them
     # Not so for NaN and infinities, which stay what they are; then each value is looked at.
-    is_within = bool(-_FP16_END < low) and bool(high < _FP16_END)
+    is_within = bool(low > -_FP16_END) and bool(high < _FP16_END)
     if not is_within and bool((stored.isinf() & tensor.isfinite()).any()):
         raise UserError(
             f"{name} has values up to {float(tensor.abs().max()):.6g}, beyond fp16 (65504): "
