@@ -15,10 +15,10 @@ from rwkvtune.cli import output
 from rwkvtune.errors import UserError, report
 
 COMMANDS = {
+    "chat": "talk with a model on the terminal",
     "configs": "list presets, show one, or write one from weights (rwkvtune configs --help)",
     "data": "make token files from text, or look into them (rwkvtune data --help)",
     "demo": "train a small RWKV-7 on a bundled text, on the CPU, in minutes",
-    "chat": "talk with a model on the terminal",
     "eval": "measure a model on text files and on tasks of the lm-eval harness",
     "export": "turn weights into the forms of other RWKV programs, or back",
     "generate": "let a model write, from a prompt or from nothing",
