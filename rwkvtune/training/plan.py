@@ -75,7 +75,7 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int, row_token
     )
 
 
-KEPT_PER_BLOCK = {"x052": 17, "x060": 26, "x070": 28}
+KEPT_PER_BLOCK = {"x052": 18, "x060": 27, "x070": 28}
 """Tensors of the width of the model that a block keeps for its backward pass, per token."""
 
 
@@ -100,7 +100,7 @@ def memory_estimate(
     (see the fused pieces in kernels/), in the compute type; with grad_cp only block inputs stay. On
     a CPU the heap holds more than is alive: freed blocks are kept (see training/memory.py), and
     aligned ones fit each other badly. What it comes to was fitted to 17 runs of x070 with 2 to 24
-    layers; benchmarks/run.py compares it with runs of other sizes.
+    layers, and corrected by 14 of x052 and x060; benchmarks/run.py compares it with what runs use.
     """
     is_half = config.device.precision in ("bf16", "fp16")
     size = 2 if is_half else 4
@@ -116,10 +116,10 @@ def memory_estimate(
     trained = model.num_parameters if trained is None else trained
     weights = frozen_bytes + trained * (4 + 4 * (not o.fused_backward) + MOMENTS[o.optimizer])
     on_cpu, grad_cp = device_type == "cpu", config.device.grad_cp
-    if grad_cp:
-        blocks = (2.6 + (0.1 if is_half else 0.35) * L) if on_cpu else 2.0
-    elif on_cpu:
-        blocks = 1.5 + 1.33 * L if is_half else 1.0 + 1.15 * L
+    if not on_cpu:
+        blocks = 2.0 if grad_cp else 1.0 + L
+    elif grad_cp:
+        blocks = 2.6 + 0.1 * L if is_half else 1.4 + 0.35 * L
     else:
-        blocks = 1.0 + L
+        blocks = 1.5 + 1.33 * L if is_half else 1.0 + 1.15 * L
     return int(weights + head + blocks * block + (residual * L if grad_cp else 0))
