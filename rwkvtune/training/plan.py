@@ -91,19 +91,30 @@ def memory_estimate(model: ModelConfig, config: TrainConfig, device_type: str) -
     """
     is_half = config.device.precision in ("bf16", "fp16")
     size = 2 if is_half else 4
-    L, C = model.n_layer, model.n_embd
+    C = model.n_embd
     tokens = config.schedule.micro_bsz * config.data.ctx_len
-    widths = KEPT_PER_BLOCK[model.version] * C + 2 * model.dim_ffn
-    residual = tokens * C * 4 * 2
-    block = tokens * (widths * size + 2 * C * 4)
     rows = config.optimizer.head_chunk or max(1, LOGITS_IN_MEMORY // model.vocab_size)
     head = min(rows, tokens) * model.vocab_size * size + model.vocab_size * C * 4
     weights = model.num_parameters * 16
-    on_cpu, grad_cp = device_type == "cpu", config.device.grad_cp
+    activations = activation_bytes(
+        model, tokens, is_half=is_half, grad_cp=config.device.grad_cp, on_cpu=device_type == "cpu"
+    )
+    return int(weights + head + activations)
+
+
+def activation_bytes(
+    model: ModelConfig, tokens: int, *, is_half: bool, grad_cp: bool, on_cpu: bool
+) -> float:
+    """What the blocks keep for their backward pass on so many tokens at once."""
+    size = 2 if is_half else 4
+    L, C = model.n_layer, model.n_embd
+    widths = KEPT_PER_BLOCK[model.version] * C + 2 * model.dim_ffn
+    residual = tokens * C * 4 * 2
+    block = tokens * (widths * size + 2 * C * 4)
     if grad_cp:
         blocks = (2.6 + (0.1 if is_half else 0.35) * L) if on_cpu else 2.0
     elif on_cpu:
         blocks = 1.5 + 1.33 * L if is_half else 1.0 + 1.15 * L
     else:
         blocks = 1.0 + L
-    return int(weights + head + blocks * block + (residual * L if grad_cp else 0))
+    return blocks * block + (residual * L if grad_cp else 0)
