@@ -26,6 +26,7 @@ COMMANDS = {
     "merge": "write the weights of a base with an adapter in them",
     "report": "draw one or several runs side by side into a picture and an HTML page",
     "sft": "fine-tune a model on conversations (rwkvtune sft --help)",
+    "vision": "let a model see pictures: train, ask, score (rwkvtune vision --help)",
     "train": "pretrain a language model, or go on with a run (rwkvtune train --help)",
 }
 """Each is a module of this folder with a `main(argv) -> exit code`, loaded only when called."""

@@ -104,22 +104,33 @@ def memory_estimate(
     """
     is_half = config.device.precision in ("bf16", "fp16")
     size = 2 if is_half else 4
-    L, C = model.n_layer, model.n_embd
+    C = model.n_embd
     length = min(config.schedule.chunk_len or config.data.ctx_len, config.data.ctx_len)
     tokens = config.schedule.micro_bsz * length
-    widths = KEPT_PER_BLOCK[model.version] * C + 2 * model.dim_ffn
-    residual = tokens * C * 4 * 2
-    block = tokens * (widths * size + 2 * C * 4)
     rows = config.optimizer.head_chunk or max(1, LOGITS_IN_MEMORY // model.vocab_size)
     head = min(rows, tokens) * model.vocab_size * size + model.vocab_size * C * 4
     o = config.optimizer
     trained = model.num_parameters if trained is None else trained
     weights = frozen_bytes + trained * (4 + 4 * (not o.fused_backward) + MOMENTS[o.optimizer])
-    on_cpu, grad_cp = device_type == "cpu", config.device.grad_cp
+    activations = activation_bytes(
+        model, tokens, is_half=is_half, grad_cp=config.device.grad_cp, on_cpu=device_type == "cpu"
+    )
+    return int(weights + head + activations)
+
+
+def activation_bytes(
+    model: ModelConfig, tokens: int, *, is_half: bool, grad_cp: bool, on_cpu: bool
+) -> float:
+    """What the blocks keep for their backward pass on so many tokens at once."""
+    size = 2 if is_half else 4
+    L, C = model.n_layer, model.n_embd
+    widths = KEPT_PER_BLOCK[model.version] * C + 2 * model.dim_ffn
+    residual = tokens * C * 4 * 2
+    block = tokens * (widths * size + 2 * C * 4)
     if not on_cpu:
         blocks = 2.0 if grad_cp else 1.0 + L
     elif grad_cp:
         blocks = 2.6 + 0.1 * L if is_half else 1.4 + 0.35 * L
     else:
         blocks = 1.5 + 1.33 * L if is_half else 1.0 + 1.15 * L
-    return int(weights + head + blocks * block + (residual * L if grad_cp else 0))
+    return blocks * block + (residual * L if grad_cp else 0)
