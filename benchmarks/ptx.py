@@ -2,9 +2,9 @@
 
     python -m benchmarks.ptx [--sm 80 90] [--head_size 64] [--ptx FOLDER] [--out benchmarks/results]
 
-Compiles the recurrences of x070 and x060 as a bf16 training step calls them, and prints what each
-kernel takes on the device. A spill is bytes per thread that did not fit into registers. Needs
-triton, not a GPU: triton brings NVIDIA's assembler along.
+Compiles the recurrences of x070 and x060 and the fused pieces around them as a bf16 training step
+calls them, and prints what each kernel takes on the device. A spill is bytes per thread that did
+not fit into registers. Needs triton, not a GPU: triton brings NVIDIA's assembler along.
 """
 
 from __future__ import annotations
@@ -20,8 +20,16 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
 
-STATES = {"inverse", "scores", "state", "final", "d_final", "d_state", "du"}
-SIZES = {"T", "H", "chunks", "segments", "chunks_per_segment"}
+TYPES = {
+    "i32": "T H C V tokens size chunks segments chunks_per_segment",
+    "fp32": "eps smallest l2wrap",
+    "*fp32": "inverse scores state final d_final d_state du mix k_k k_a r_k weight bias losses "
+    "dmix dk_k dk_a dr_k dweight dbias",
+    "*i64": "gold",
+    "*u8": "reset counted",
+}
+"""Of a kernel's arguments by their names; the others are bf16 tensors."""
+TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
 
 
 def main() -> int:
@@ -88,6 +96,7 @@ def counts(N: int) -> dict[str, Any]:
 def kernels(head_size: int) -> list[tuple[Any, dict[str, Any], int]]:
     """Each kernel with its constants in a bf16 training step, and its warps."""
     from rwkvtune.kernels import triton_gpu as shared
+    from rwkvtune.kernels.fused import triton_gpu as fused
     from rwkvtune.kernels.wkv6 import triton_gpu as wkv6
     from rwkvtune.kernels.wkv7 import triton_gpu as wkv7
 
@@ -97,6 +106,10 @@ def kernels(head_size: int) -> list[tuple[Any, dict[str, Any], int]]:
     values = {"VALUES": min(head_size, shared.VALUES_PER_PROGRAM)}
     precision = {"PRECISION": "tf32"}
     one = {"SHARED": False}
+    head = {"N": head_size, "TOKENS": fused.TOKENS}
+    shift = {"S": 6, "HAS_BEFORE": False, "HAS_RESET": False}
+    shift |= {"TOKENS": fused.TOKENS, "WIDTH": fused.CHANNELS}
+    block = {"BLOCK": fused.BLOCK}
     return [
         (wkv7._invert, chunk | precision, 4),
         (wkv7._forward, chunk | precision | values | forward, 4),
@@ -106,6 +119,19 @@ def kernels(head_size: int) -> list[tuple[Any, dict[str, Any], int]]:
         (wkv6._forward, chunk | precision | values | one | forward, 4),
         (wkv6._state_gradient, chunk | precision | values | one | backward, 4),
         (wkv6._backward, chunk | precision | one, 4),
+        (fused._shift, shift, 4),
+        (fused._shift_backward, shift, 4),
+        (fused._keys, head, 4),
+        (fused._keys_backward, head, 4),
+        (fused._bonus_gate, head, 4),
+        (fused._bonus_gate_backward, head, 4),
+        (fused._silu_gate, head, 4),
+        (fused._silu_gate_backward, head, 4),
+        (fused._squared_relu, block, 4),
+        (fused._squared_relu_backward, block, 4),
+        (fused._blend_value, block, 4),
+        (fused._blend_value_backward, block, 4),
+        (fused._softmax_gradient, block, 4),
     ]
 
 
@@ -118,7 +144,8 @@ def compiled(
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
-    signature = {name: _type_of(name, constants) for name in names}
+    types = TYPE_OF | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "*bf16") for name in names}
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -136,16 +163,6 @@ def compiled(
         **_usage(binary.asm["cubin"]),
         "shared_bytes": binary.metadata.shared,
     }
-
-
-def _type_of(name: str, constants: dict[str, Any]) -> str:
-    if name in constants:
-        return "constexpr"
-    if name in SIZES:
-        return "i32"
-    if name == "reset":
-        return "*u8"
-    return "*fp32" if name in STATES else "*bf16"
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
