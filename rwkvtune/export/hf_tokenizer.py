@@ -23,9 +23,12 @@ OWN_TOKENIZER = "rwkvtune_tokenizer.json"
 _LONGEST_MATCH = ("world", "bytes", "chars", "vocab")
 
 
-def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+def tokenizer_files(tokenizer: Tokenizer, chat_template: str | None = None) -> dict[str, str]:
     """Content of tokenizer.json and tokenizer_config.json; empty for a tokenizer that is no such
-    vocabulary."""
+    vocabulary.
+
+    chat_template: in Jinja.
+    """
     if tokenizer.name not in _LONGEST_MATCH:
         return {}
     characters = byte_characters()
@@ -80,6 +83,8 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,  # transformers' word for no limit
     }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
     return {
         "tokenizer.json": json.dumps(content, ensure_ascii=False),
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",

@@ -19,6 +19,7 @@ from rwkvtune.evaluation.perplexity import evaluate_batches
 from rwkvtune.files import atomic_write
 from rwkvtune.inference.chat import ChatSettings, answer
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
+from rwkvtune.models.layers import State
 from rwkvtune.training.lm import next_token_loss, validation_row
 from rwkvtune.training.log import RunLog, without_controls
 from rwkvtune.training.plan import Plan
@@ -56,18 +57,19 @@ class ChatRecipe:
 
     def _batches_of(self, step: int) -> list[Batch]:
         plan = self.plan
-        return self._batches.batches(
+        batches = self._batches.batches(
             step,
             micro_bsz=plan.micro_bsz,
             accumulate=plan.accumulate,
             rank=self.fabric.global_rank,
             world_size=plan.world_size,
         )
+        return [part for batch in batches for part in batch.chunks(self.config.schedule.chunk_len)]
 
     def loss(
-        self, model: nn.Module, batch: Batch, carry: None
-    ) -> tuple[Tensor, int, None, dict[str, float]]:
-        return next_token_loss(model, batch, self.config.optimizer)
+        self, model: nn.Module, batch: Batch, carry: State | None
+    ) -> tuple[Tensor, int, State, dict[str, float]]:
+        return next_token_loss(model, batch, carry, self.config.optimizer)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         if self.data.validation is None:
@@ -84,6 +86,7 @@ class ChatRecipe:
             ),
             device=self.fabric.device,
             loss_head=partial(head_cross_entropy, l2wrap=0.0),
+            chunk_len=self.config.schedule.chunk_len,
             byte_lengths=self.data.tokenizer.token_byte_lengths(),
             sum_over_ranks=None if ranks == 1 else partial(self.fabric.all_reduce, reduce_op="sum"),
         )

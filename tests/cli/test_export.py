@@ -11,6 +11,7 @@ import torch
 
 from rwkvtune.checkpoint import load_weights, save_weights
 from rwkvtune.cli.main import main
+from rwkvtune.data.chat import TEMPLATES, save_template
 from rwkvtune.data.tokenizers import ByteTokenizer, find_tokenizer, save_tokenizer
 from rwkvtune.models import RWKV7Config, build_model
 
@@ -23,6 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         build_model(RWKV7Config(300, 2, 64), seed=1).state_dict(),
     )
     save_tokenizer(ByteTokenizer(), tmp_path / "run")
+    save_template(TEMPLATES["g1"], tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -36,13 +38,16 @@ def test_a_run_folder_becomes_a_hugging_face_folder_and_weights_again(
 ) -> None:
     assert export("run", "model", "--to", "hf") == 0
     assert "x070, 72 tensors of run/rwkv-final.pth, 0.7 MB" in capsys.readouterr().out
+    assert (
+        "Assistant:" in json.loads(Path("model/tokenizer_config.json").read_text())["chat_template"]
+    )
     card = (folder / "model" / "README.md").read_text()
     assert "`rwkv-final.pth`" in card and "AutoTokenizer" in card
     assert export("model", "back.pth", "--to", "pth", "--dtype", "bf16") == 0
     back, original = load_weights("back.pth"), load_weights("run/rwkv-final.pth")
     assert torch.equal(back["head.weight"], original["head.weight"].bfloat16())
     assert isinstance(find_tokenizer("back.pth"), ByteTokenizer)
-    assert main(["generate", "back.pth", "--prompt", "a", "--max_tokens", "1"]) == 0
+    assert main(["inspect", "back.pth"]) == 0
 
 
 def test_nothing_is_replaced_unless_asked_for(

@@ -206,6 +206,9 @@ def test_text_by_a_vocabulary_of_ones_own(tmp_path: Path) -> None:
     reopened = RWKVTrainingPipeline(tmp_path / "work")
     assert isinstance(reopened.tokenizer, GenericTokenizer)
     assert reopened.model_config.vocab_size == 4
+    others = create_vocab_file_from_tokens(["world", "hello", " "], tmp_path / "others.txt")
+    with pytest.raises(UserError, match="holds a run with another tokenizer"):
+        RWKVTrainingPipeline(tmp_path / "work", tokenizer=GenericTokenizer(others))
     assert set(reopened.generate("hello", 5, seed=0)) <= set("helo wrd")
 
 
@@ -355,6 +358,7 @@ def test_nothing_is_trained_on_nothing(tmp_path: Path) -> None:
         (lambda: ModelConfig(head_size_a=0), "head_size_a=0 must be at least 1"),
         (lambda: RWKVTrainingPipeline("x", TrainingConfig()), "given where a ModelConfig is"),  # type: ignore[arg-type]
         (lambda: RWKVTrainingPipeline("/dev/null/x"), "/dev/null/x"),
+        (lambda: RWKVTrainingPipeline("x", wandb_project=5), "wandb_project=5 must be"),  # type: ignore[arg-type]
     ],
 )
 def test_settings_that_make_no_sense_are_refused_at_once(make: Any, said: str) -> None:
@@ -378,6 +382,12 @@ def test_the_model_gets_rows_for_the_tokenizer_and_the_callers_object_stays(tmp_
 
 
 def test_a_damaged_folder_is_told(copy: Path) -> None:
+    stored = json.loads((copy / "configs/config.json").read_text())
+    wrong = {**stored, "dataset": {**stored["dataset"], "prefix": None}}
+    (copy / "configs/config.json").write_text(json.dumps(wrong))
+    with pytest.raises(UserError, match=r"config\.json: dataset: "):
+        RWKVTrainingPipeline(copy)
+    (copy / "configs/config.json").write_text(json.dumps(stored))
     (copy / "data/train.idx").unlink()
     with pytest.raises(MissingFileError, match="names the token files"):
         RWKVTrainingPipeline(copy)
@@ -387,6 +397,8 @@ def test_a_damaged_folder_is_told(copy: Path) -> None:
     (copy / "configs/config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: cannot be read"):
         RWKVTrainingPipeline(copy)
+    (copy / "configs/config.json").unlink()
+    assert not pipeline(copy).data_prepared  # all can be said again
 
 
 SCRIPT = """
