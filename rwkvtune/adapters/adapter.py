@@ -141,7 +141,7 @@ def attach(
             lora.take(model, settings, saved)
     # DoRA reads the weights themselves, for their norms.
     if settings.kind != "dora":
-        _store_frozen(model, compute_dtype)
+        store_frozen(model, compute_dtype)
     return Adapter(settings, base, own, report)
 
 
@@ -216,7 +216,7 @@ def _account(model: LanguageModel, names: set[str], own: tuple[str, ...]) -> Non
         assert parameter.requires_grad == (name in own), f"{name}: frozen means the base's"
 
 
-def _store_frozen(model: LanguageModel, dtype: torch.dtype) -> None:
+def store_frozen(model: LanguageModel, dtype: torch.dtype) -> None:
     """Keep frozen projections in the type of their products: they would be rounded to it in every
     step, with the same result."""
     for module in model.modules():

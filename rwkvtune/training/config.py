@@ -300,6 +300,10 @@ class TrainConfig:
     def has_validation(self) -> bool:
         return bool(self.data.val_data_file)
 
+    @property
+    def has_samples(self) -> bool:
+        return bool(self.output.sample_every)
+
     @classmethod
     def from_flat(cls: type[Config], values: Mapping[str, Any]) -> Config:
         """Build one from one flat mapping of field name -> value; UserError for unknown names."""
@@ -425,7 +429,7 @@ class TrainConfig:
         rules = (
             (("interpolate", "load_partial"), not now["load_model"], "without load_model"),
             (("val_every", "val_windows"), not self.has_validation, "without val_data_file"),
-            (("sample_prompt", "sample_tokens"), not now["sample_every"], "without sample_every"),
+            (("sample_prompt", "sample_tokens"), not self.has_samples, "without sample_every"),
             (
                 ("lr_final",),
                 now["lr_schedule"] in ("constant", "wsd_cosine"),

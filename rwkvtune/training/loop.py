@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,11 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rwkvtune.checkpoint import prune_resume_states, save_weights
-from rwkvtune.data.batch import Batch
+from rwkvtune.checkpoint import prune_resume_states
 from rwkvtune.errors import UserError
 from rwkvtune.training.config import OptimizerOptions, OutputOptions
-from rwkvtune.training.fabric import unwrapped, whole
+from rwkvtune.training.fabric import whole
 from rwkvtune.training.layer_stats import layer_statistics
 from rwkvtune.training.log import RunLog
 from rwkvtune.training.optim import set_hyperparameters
@@ -28,14 +27,23 @@ from rwkvtune.training.run_state import Progress, RunState
 from rwkvtune.training.schedule import Schedule
 
 
+class MicroBatch(Protocol):
+    """What the loop knows of a batch."""
+
+    @property
+    def target_tokens(self) -> int: ...
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+
 class Recipe(Protocol):
     """A task: which batches, which loss. The loop knows nothing else about it."""
 
-    def batches(self, progress: Progress) -> Iterator[list[Batch]]:
+    def batches(self, progress: Progress) -> Iterator[Sequence[MicroBatch]]:
         """This rank's micro-batches of each step, from the present step on."""
 
     def loss(
-        self, model: nn.Module, batch: Batch, carry: Any
+        self, model: nn.Module, batch: Any, carry: Any
     ) -> tuple[Tensor, int, Any, dict[str, float]]:
         """(sum of losses over the targets, number of targets, detached state for the next
         micro-batch, metrics)."""
@@ -88,7 +96,7 @@ def fit(
             # Here the state comes first: a run killed between the two would else go on from initial
             # weights that --save_dtype has rounded.
             _save_state(fabric, state, folder, output)
-            _save_weights(fabric, state, folder, output, "rwkv-init.pth")
+            _save_weights(fabric, state, folder, output, "init")
         batches = recipe.batches(progress)
         waited = trained_for = 0.0
         while progress.step < plan.total_steps:
@@ -163,7 +171,7 @@ def fit(
                 text = recipe.sample(model, progress.step)
                 if text is not None:
                     log.sample(text, progress.step)
-            weights_name = None
+            label = None
             if ends_epoch:
                 epoch = progress.epoch
                 mean_loss = progress.epoch_loss / progress.epoch_loss_steps
@@ -172,13 +180,13 @@ def fit(
                 progress.epoch_loss, progress.epoch_loss_steps = 0.0, 0
                 # As upstream: every so many epochs from the first on, and the last one always.
                 if is_over or _is_due(epoch - first_epoch, output.epoch_save):
-                    weights_name = f"rwkv-{epoch}.pth"
-            if weights_name is not None:
-                _save_weights(fabric, state, folder, output, weights_name)
+                    label = str(epoch)
+            if label is not None:
+                _save_weights(fabric, state, folder, output, label)
             if is_over:
-                _save_weights(fabric, state, folder, output, "rwkv-final.pth")
+                _save_weights(fabric, state, folder, output, "final")
             must_stop = stop_votes and not is_over
-            if (weights_name is not None or is_over or must_stop) or _is_due(
+            if (label is not None or is_over or must_stop) or _is_due(
                 progress.step, output.save_every
             ):
                 _save_state(fabric, state, folder, output)
@@ -213,24 +221,9 @@ def _save_state(fabric: Any, state: RunState, folder: Path, output: OutputOption
 
 
 def _save_weights(
-    fabric: Any, state: RunState, folder: Path, output: OutputOptions, name: str
+    fabric: Any, state: RunState, folder: Path, output: OutputOptions, label: str
 ) -> None:
-    """rwkv-N.pth; with an adapter the folder adapter-N, for its base is a file already."""
-    if state.adapter is not None and name == "rwkv-init.pth":
-        return
-    weights = state.weights()
-    if not fabric.is_global_zero:
-        return
-    if state.adapter is None:
-        save_weights(folder / name, weights, dtype=output.save_dtype)
-    else:
-        model: Any = unwrapped(state.model)
-        state.adapter.save(model, weights, folder / adapter_name(name))
-
-
-def adapter_name(weights_name: str) -> str:
-    """rwkv-final.pth -> adapter-final"""
-    return weights_name.replace("rwkv-", "adapter-").removesuffix(".pth")
+    state.write_weights(folder, label, dtype=output.save_dtype, write=fabric.is_global_zero)
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:

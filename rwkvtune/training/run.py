@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
@@ -33,7 +33,7 @@ from rwkvtune.training.fabric import (
 )
 from rwkvtune.training.frozen import trained_names
 from rwkvtune.training.log import RunLog
-from rwkvtune.training.loop import Recipe, adapter_name, fit
+from rwkvtune.training.loop import Recipe, fit
 from rwkvtune.training.memory import PeakMemory, keep_freed_memory
 from rwkvtune.training.optim import build_optimizer
 from rwkvtune.training.plan import Plan, make_plan, memory_estimate
@@ -146,7 +146,7 @@ def train(
                 f"{config.output.proj_dir}: this run is finished, at step {progress.step} "
                 f"({total_steps} asked for); a larger exit_tokens or epoch_count goes on from here"
             )
-            _draw_if_outdated(Path(config.output.proj_dir))
+            draw_if_outdated(Path(config.output.proj_dir))
         return RunResult(0, progress.step, progress.seconds, progress.tokens, {})
     with launched(fabric, threads=config.device.threads, same_for_all=job.summary):
         try:
@@ -314,7 +314,9 @@ def _run(
         if is_zero:
             remove_leftovers(folder)
             remove_leftovers(folder / "resume")
-            _write_config(config, start.model_config, folder / "config.yaml")
+            write_settings(
+                config.to_flat() | _model_settings(start.model_config), folder / "config.yaml"
+            )
             job.data.save_beside(folder)
         m = start.model_config
         log.start(
@@ -343,14 +345,14 @@ def _run(
         finally:
             log.close()
         if is_zero:
-            _draw_if_outdated(folder)
+            draw_if_outdated(folder)
     if stopped is None and is_zero:
-        last = "rwkv-final.pth" if job.adapter is None else adapter_name("rwkv-final.pth")
+        last = "rwkv-final.pth" if job.adapter is None else "adapter-final"
         print(f"done: {folder / last}, loss curve in {folder / 'loss_curve.png'}")
     return stopped.exit_code if stopped else 0, recipe.measured
 
 
-def _draw_if_outdated(folder: Path) -> None:
+def draw_if_outdated(folder: Path) -> None:
     """Draw loss_curve.png from metrics.csv, unless it is the newer one: a run may have been killed
     between its last save and its picture."""
     metrics, picture = folder / "metrics.csv", folder / "loss_curve.png"
@@ -374,7 +376,8 @@ def _build_state(config: TrainConfig, job: _Job, fabric: Any, recipe: Recipe) ->
     if adapter is None:
         trained = set(job.trained)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained)
+            if name not in trained:  # what nothing reads is frozen already
+                parameter.requires_grad_(False)
     wrapped = fabric.setup_module(model)  # before the optimizer: sharding makes new parameters
     optimizer = build_optimizer(
         unwrapped(wrapped).named_parameters(),
@@ -586,8 +589,8 @@ def _model_settings(model: ModelConfig) -> dict[str, Any]:
     return {"version": model.version} | dataclasses.asdict(model)
 
 
-def _write_config(config: TrainConfig, model: ModelConfig, path: Path) -> None:
-    """The run's settings as YAML that --config takes, dimensions filled in."""
+def write_settings(settings: Mapping[str, Any], path: Path) -> None:
+    """A run's settings as YAML that --config takes."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -600,10 +603,5 @@ def _write_config(config: TrainConfig, model: ModelConfig, path: Path) -> None:
         )
 
     Dumper.add_representer(str, text)
-    content = yaml.dump(
-        config.to_flat() | _model_settings(model),
-        Dumper=Dumper,
-        sort_keys=False,
-        allow_unicode=True,
-    )
+    content = yaml.dump(dict(settings), Dumper=Dumper, sort_keys=False, allow_unicode=True)
     atomic_write(path, lambda file: file.write(content.encode()))

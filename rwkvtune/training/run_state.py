@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from rwkvtune.adapters.adapter import Adapter
 from rwkvtune.adapters.base import Base
-from rwkvtune.checkpoint import load_resume_state, resume_folder, save_resume_state
+from rwkvtune.checkpoint import (
+    load_resume_state,
+    resume_folder,
+    save_resume_state,
+    save_weights,
+)
 from rwkvtune.training.fabric import unwrapped, whole
 from rwkvtune.training.optim import load_optimizer_state, optimizer_state_to_tensors
 
@@ -94,6 +99,23 @@ class RunState:
         weights = unwrapped(self.model).state_dict()
         names = weights if self.adapter is None else self.adapter.tensors
         return {name: whole(weights[name].detach()) for name in names}
+
+    def write_weights(self, run_folder: Path, label: str, *, dtype: str, write: bool) -> None:
+        """Write what others read: rwkv-<label>.pth, or with an adapter the folder adapter-<label>,
+        for its base is a file already. Ranks with write=False only help gathering.
+
+        label: init, the number of a mini-epoch, or final.  dtype: of the tensors in the file.
+        """
+        if self.adapter is not None and label == "init":
+            return
+        weights = self.weights()
+        if not write:
+            return
+        if self.adapter is None:
+            save_weights(run_folder / f"rwkv-{label}.pth", weights, dtype=dtype)
+        else:
+            model: Any = unwrapped(self.model)
+            self.adapter.save(model, weights, run_folder / f"adapter-{label}")
 
     def save(self, run_folder: Path, *, write: bool) -> Path:
         """Write a resume state for the present step; ranks with write=False only help gathering."""

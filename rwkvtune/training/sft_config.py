@@ -64,6 +64,10 @@ class SFTConfig(TrainConfig):
         return bool(self.data.val_data_file or self.data.val_share)
 
     @property
+    def has_samples(self) -> bool:
+        return self.has_validation or super().has_samples  # before and after training
+
+    @property
     def joins_documents(self) -> str:
         if self.data.batching != "packed":
             return ""

@@ -202,6 +202,15 @@ def preset_of(flags: ModelOptions) -> Preset | None:
     return preset
 
 
+def weights_named(flags: ModelOptions, preset: Preset | None) -> Path | None:
+    """The file that a flag names, else the preset; UserError for a preset's that is nowhere."""
+    if flags.load_model:
+        return Path(flags.load_model)
+    if preset is not None and preset.model_file is not None:
+        return preset.find_weights()
+    return None
+
+
 def preset_rows(config: TrainConfig) -> list[tuple[str, str]]:
     """What a run that has a preset shows of it at its start."""
     preset = preset_of(config.model)
@@ -221,11 +230,9 @@ def _new_run(
     flags: ModelOptions, preset: Preset | None, tokenizer: Tokenizer | None, notes: list[str]
 ) -> StartingPoint:
     """From the weights that a flag names, else the preset, else from initial values."""
-    given = flags.load_model
-    if not given and preset is not None and preset.model_file is not None:
-        given = str(preset.find_weights())
+    given = weights_named(flags, preset)
     if given:
-        return _from_file(flags, preset, Path(given), notes, may_resize=True)
+        return _from_file(flags, preset, given, notes, may_resize=True)
     config = _fresh_config(flags, tokenizer) if preset is None else preset.dimensions
     return StartingPoint(config, "initial values")
 
