@@ -133,6 +133,11 @@ def newest_weights(folder: Path) -> Path:
     for path in reversed(candidates):
         if path.is_file():
             return path
+    if (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is a Hugging Face folder; `rwkvtune export {folder} NAME.pth --to pth` may "
+            "turn it into weights"
+        )
     raise MissingFileError(
         f"{folder} is no run folder: it has no rwkv-final.pth, rwkv-N.pth or rwkv-init.pth. "
         f"{_weights_nearby(folder / '*')}"
