@@ -67,6 +67,15 @@ class SFTConfig(TrainConfig):
     def has_samples(self) -> bool:
         return self.has_validation or super().has_samples  # before and after training
 
+    @property
+    def joins_documents(self) -> str:
+        if self.data.batching != "packed":
+            return ""
+        return (
+            "batching=packed: a conversation that starts inside a row would begin from zero, not "
+            "from the trained state; give --batching bucketed"
+        )
+
     def problems(self) -> list[str]:
         found = super().problems()
         share = self.data.val_share
