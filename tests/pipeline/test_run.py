@@ -402,6 +402,7 @@ def test_a_damaged_folder_is_told(copy: Path) -> None:
 
 
 SCRIPT = """
+import os, signal, threading, time
 from rwkv_trainer import *
 print("SCRIPT BEGINS")
 p = RWKVTrainingPipeline({work!r}, ModelConfig("x070", 1, 32, ctx_len=16, head_size_a=16),
@@ -409,10 +410,19 @@ p = RWKVTrainingPipeline({work!r}, ModelConfig("x070", 1, 32, ctx_len=16, head_s
     tokenizer=IntegerTokenizer(19))
 p.prepare_data([[i % 20 for i in range(10)]] * 12)
 p.initialize_model()
-result = p.train(num_epochs=1)
-print("SCRIPT ENDS", result.steps)
+
+def interrupt():  # this process alone, once the other two have begun
+    while not (p.output_dir / "metrics.csv").exists():
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt).start()
+try:
+    p.train(num_epochs=100_000)
+except KeyboardInterrupt as stop:
+    print("SCRIPT GOES ON:", stop)
 p.training_config.lr_init = 1.0
-p.train(num_epochs=2, continue_training=True)
+p.train(num_epochs=100_000, continue_training=True)
 """
 
 
@@ -429,5 +439,6 @@ def test_two_devices_from_a_script_without_a_guard_and_from_a_notebook(tmp_path:
         cwd=tmp_path,
     )
     assert done.stdout.count("SCRIPT BEGINS") == 1
-    assert "2 device(s)" in done.stdout and "SCRIPT ENDS 2" in done.stdout
+    assert "2 device(s)" in done.stdout and "stopped after step" in done.stdout
+    assert "SCRIPT GOES ON: stopped and saved" in done.stdout
     assert "UserError: " in done.stderr and "lr_init: 0.0006 -> 1.0" in done.stderr
