@@ -264,3 +264,10 @@ def picture_names(record: dict[str, Any]) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"image is {str(found)[:60]!r}: expected a file name or a list of them")
     return names
+
+
+def make_supervised_data_module(tokenizer: Any, data_args: Any) -> dict[str, Any]:
+    """LLaVA's entry to its training data: see `llava_dataset.make_supervised_data_module`."""
+    from rwkvtune.data import llava_dataset  # needs torch
+
+    return llava_dataset.make_supervised_data_module(tokenizer, data_args)

@@ -180,7 +180,7 @@ def _loss_sum(model: nn.Module, batch: VisualBatch) -> Tensor:
     return total
 
 
-@dataclass
+@dataclass(kw_only=True)
 class VisionState(RunState):
     """Saves what is trained; the frozen rest is referred to."""
 
@@ -815,9 +815,9 @@ def _build_state(
         job.progress,
         job.settings,
         fabric.strategy.precision,
-        config,
-        about,
-        peft,
+        config=config,
+        about=about,
+        peft=peft,
     )
     if job.resume is not None:
         state.restore(read_state(job.resume))

@@ -250,6 +250,7 @@ class LlavaOnevisionWithModalities(_OwnMasks, LlavaOnevisionForConditionalGenera
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.is_alternating = hasattr(config.text_config, "mask_schedule")
+        self.loss_type = "ForCausalLM"  # transformers tells it by the names of its own classes
 
     def forward(
         self,
@@ -402,7 +403,7 @@ class LlavaOnevisionWithModalities(_OwnMasks, LlavaOnevisionForConditionalGenera
             columns = [e for e, _, _ in parts], [l for _, l, _ in parts], kinds
             rows.append(tuple(torch.cat(column)[:limit] for column in columns))
         config: Any = self.config
-        side: str = padding_side or getattr(config, "tokenizer_padding_side", "right")
+        side: str = padding_side or str(getattr(config, "tokenizer_padding_side", "right"))
 
         def padded(column: int, value: float) -> Tensor:
             return nn.utils.rnn.pad_sequence(
