@@ -44,6 +44,7 @@ bench: $(READY) ## measure on this CPU: steps, recurrence, whole runs, generatio
 	$(VENV_PYTHON) -m benchmarks.run
 	$(VENV_PYTHON) -m benchmarks.generate
 	$(VENV_PYTHON) -m benchmarks.data
+	$(VENV_PYTHON) -m benchmarks.vision
 
 gpu-check: ## GPU tests and benchmarks in one go, JSON into OUT=dir; without a GPU says so
 	@$(ANY_PYTHON) -m benchmarks.gpu_check --out "$(OUT)"
