@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from rwkvtune.checkpoint import prune_resume_states
 from rwkvtune.errors import UserError
+from rwkvtune.kernels.split import split_over
 from rwkvtune.training.config import OptimizerOptions, OutputOptions
-from rwkvtune.training.fabric import whole
+from rwkvtune.training.fabric import sequence_group, whole
 from rwkvtune.training.layer_stats import layer_statistics
 from rwkvtune.training.log import RunLog
 from rwkvtune.training.optim import set_hyperparameters
@@ -89,6 +90,7 @@ def fit(
     folder = Path(output.proj_dir)
     first_epoch = progress.restart_step // plan.epoch_steps
     trained = [p for p in model.parameters() if p.requires_grad]
+    group = sequence_group(fabric, plan.context_parallel)
     model.train()
     with StopRequest() as stop:
         if progress.step == 0:
@@ -111,10 +113,10 @@ def fit(
             carry = None
             for i, batch in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
-                with fabric.no_backward_sync(model, enabled=not is_last):
+                with fabric.no_backward_sync(model, enabled=not is_last), split_over(group):
                     loss_sum, _, carry, _ = recipe.loss(model, batch.to(fabric.device), carry)
                     # DDP and FSDP average gradients over ranks; targets already counts all of them.
-                    fabric.backward(loss_sum * (plan.world_size / max(targets, 1)))
+                    fabric.backward(loss_sum * (fabric.world_size / max(targets, 1)))
                 loss_here += loss_sum.detach()
             if _scales_its_loss(fabric):
                 fabric.strategy.precision.unscale_gradients(optimizer.optimizer)

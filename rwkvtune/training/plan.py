@@ -14,7 +14,10 @@ from rwkvtune.training.config import TrainConfig
 class Plan:
     """Sizes of a run. A step is an optimizer step; tokens and samples are those of all ranks."""
 
-    world_size: int
+    replicas: int
+    """Ranks, or groups of ranks that share each sequence, with windows of their own."""
+    context_parallel: int
+    """Ranks of such a group."""
     micro_bsz: int
     accumulate: int
     ctx_len: int
@@ -26,7 +29,7 @@ class Plan:
     @property
     def global_bsz(self) -> int:
         """Windows per step."""
-        return self.world_size * self.micro_bsz * self.accumulate
+        return self.replicas * self.micro_bsz * self.accumulate
 
     @property
     def tokens_per_step(self) -> int:
@@ -41,7 +44,8 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int, row_token
     be.
     """
     s = config.schedule
-    global_bsz = world_size * s.micro_bsz * s.accumulate_grad_batches
+    replicas, context_parallel = replicas_of(config, world_size), config.device.context_parallel
+    global_bsz = replicas * s.micro_bsz * s.accumulate_grad_batches
     row_tokens = row_tokens or config.data.ctx_len
     tokens_per_step = global_bsz * row_tokens
     pass_steps = num_slots // global_bsz
@@ -56,7 +60,7 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int, row_token
         raise UserError(
             f"one pass over this data is {num_slots} windows of {config.data.ctx_len} tokens, less "
             f"than one step of {global_bsz} (micro_bsz {s.micro_bsz} x accumulate_grad_batches "
-            f"{s.accumulate_grad_batches} x {world_size} devices): use a smaller batch or ctx_len, "
+            f"{s.accumulate_grad_batches} x {replicas} devices): use a smaller batch or ctx_len, "
             "or set epoch_steps to go over it several times"
         )
     by_tokens = -(-s.exit_tokens // tokens_per_step)
@@ -65,7 +69,8 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int, row_token
     one_pass = num_slots // s.epoch_samples * epoch_steps if s.epoch_samples else epoch_steps
     total_steps = min((n for n in (by_tokens, by_epochs) if n), default=one_pass or pass_steps)
     return Plan(
-        world_size,
+        replicas,
+        context_parallel,
         s.micro_bsz,
         s.accumulate_grad_batches,
         row_tokens,
@@ -73,6 +78,17 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int, row_token
         by_epochs or one_pass or pass_steps,
         total_steps,
     )
+
+
+def replicas_of(config: TrainConfig, world_size: int) -> int:
+    """Groups of ranks that train on windows of their own; UserError where ranks are left over."""
+    size = config.device.context_parallel
+    if world_size % size:
+        raise UserError(
+            f"context_parallel={size} does not divide the {world_size} processes of this run: "
+            "give --devices (times --num_nodes) a multiple of it"
+        )
+    return world_size // size
 
 
 KEPT_PER_BLOCK = {"x052": 17, "x060": 26, "x070": 28}
@@ -92,7 +108,7 @@ def memory_estimate(model: ModelConfig, config: TrainConfig, device_type: str) -
     is_half = config.device.precision in ("bf16", "fp16")
     size = 2 if is_half else 4
     L, C = model.n_layer, model.n_embd
-    tokens = config.schedule.micro_bsz * config.data.ctx_len
+    tokens = config.schedule.micro_bsz * config.data.ctx_len // config.device.context_parallel
     widths = KEPT_PER_BLOCK[model.version] * C + 2 * model.dim_ffn
     residual = tokens * C * 4 * 2
     block = tokens * (widths * size + 2 * C * 4)

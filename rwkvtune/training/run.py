@@ -35,7 +35,7 @@ from rwkvtune.training.log import RunLog
 from rwkvtune.training.loop import Recipe, fit
 from rwkvtune.training.memory import PeakMemory, keep_freed_memory
 from rwkvtune.training.optim import build_optimizer
-from rwkvtune.training.plan import Plan, make_plan, memory_estimate
+from rwkvtune.training.plan import Plan, make_plan, memory_estimate, replicas_of
 from rwkvtune.training.run_state import Progress, RunState, SavedState, read_state
 from rwkvtune.training.schedule import Schedule
 from rwkvtune.training.starting_point import StartingPoint
@@ -194,7 +194,7 @@ def _prepare(
     _check_sampling(config, data.tokenizer, start.model_config.vocab_size, notes)
     notes += config.without_effect()
     s = config.schedule
-    global_bsz = world_size * s.micro_bsz * s.accumulate_grad_batches
+    global_bsz = replicas_of(config, world_size) * s.micro_bsz * s.accumulate_grad_batches
     plan = make_plan(
         config,
         world_size=world_size,
@@ -445,7 +445,7 @@ def _table(config: TrainConfig, job: _Job, memory: PeakMemory) -> list[tuple[str
         *data.in_words(plan)[1:],
         (
             "tokens per step",
-            f"{plan.tokens_per_step:,} = {plan.world_size} device(s) x micro_bsz {plan.micro_bsz} "
+            f"{plan.tokens_per_step:,} = {plan.replicas} device(s) x micro_bsz {plan.micro_bsz} "
             f"x {plan.accumulate} accumulated x {_length_in_words(config, plan)}",
         ),
         (
@@ -462,7 +462,9 @@ def _table(config: TrainConfig, job: _Job, memory: PeakMemory) -> list[tuple[str
 
 def _length_in_words(config: TrainConfig, plan: Plan) -> str:
     if plan.ctx_len == config.data.ctx_len:
-        return f"ctx_len {plan.ctx_len}"
+        shared = plan.context_parallel
+        split = f", each over {shared} devices" if shared > 1 else ""
+        return f"ctx_len {plan.ctx_len}{split}"
     return f"{plan.ctx_len} on average"
 
 

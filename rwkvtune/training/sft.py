@@ -56,13 +56,15 @@ class ChatRecipe:
 
     def _batches_of(self, step: int) -> list[Batch]:
         plan = self.plan
-        return self._batches.batches(
+        replica, stretch = divmod(self.fabric.global_rank, plan.context_parallel)
+        batches = self._batches.batches(
             step,
             micro_bsz=plan.micro_bsz,
             accumulate=plan.accumulate,
-            rank=self.fabric.global_rank,
-            world_size=plan.world_size,
+            rank=replica,
+            world_size=plan.replicas,
         )
+        return [batch.stretch(stretch, plan.context_parallel) for batch in batches]
 
     def loss(
         self, model: nn.Module, batch: Batch, carry: None
@@ -72,7 +74,7 @@ class ChatRecipe:
     def validate(self, model: nn.Module) -> dict[str, float]:
         if self.data.validation is None:
             return {}
-        ranks = self.plan.world_size
+        ranks = self.fabric.world_size
         found = evaluate_batches(
             model,
             validation_batches(

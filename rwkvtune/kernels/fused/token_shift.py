@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvtune.kernels.calls import apply
+from rwkvtune.kernels.split import token_before
 
 
 def previous_token(z: Tensor, before: Tensor | None, reset: Tensor | None = None) -> Tensor:
@@ -94,6 +95,7 @@ def token_shift_mix(
     sees zeros. Returns S tensors [B, T, C] of z's dtype.  Source: RWKV-7 "Goose", arXiv:2503.14456,
     token shift.
     """
+    before = token_before(z[:, -1], before)
     return cast("tuple[Tensor, ...]", apply(_TokenShiftMix, z, mix, before, reset))
 
 
@@ -117,6 +119,7 @@ def shift_difference(
     z: Tensor, before: Tensor | None = None, reset: Tensor | None = None
 ) -> Tensor:
     """P(z) - z with P, z, before and reset as in `token_shift_mix`; [B, T, C] of z's dtype."""
+    before = token_before(z[:, -1], before)
     return cast(Tensor, apply(_ShiftDifference, z, before, reset))
 
 
