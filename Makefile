@@ -11,7 +11,7 @@ READY := .venv/.ready
 # A GPU machine may have neither .venv nor a package index: there, take the python that has torch.
 ANY_PYTHON = $$(if test -f $(READY); then echo $(VENV_PYTHON); else echo $(PYTHON); fi)
 
-.PHONY: help venv test demo lint bench gpu-check clean
+.PHONY: help venv test demo demo-sft demo-vision lint bench gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -23,6 +23,12 @@ test: $(READY) ## run the tests
 
 demo: $(READY) ## train a small RWKV-7 on the bundled text, on the CPU, in minutes
 	@$(VENV_PYTHON) -m rwkvtune demo
+
+demo-sft: $(READY) ## pretrain a tiny model, fine-tune it on instructions, check its answers; minutes
+	@$(VENV_PYTHON) -m rwkvtune demo sft
+
+demo-vision: $(READY) ## train a small model to see drawn pictures and digits, on the CPU, in minutes
+	@$(VENV_PYTHON) -m rwkvtune vision demo
 
 lint: $(READY) ## ruff (rules and formatting) and mypy
 	$(VENV_PYTHON) -m ruff check .

@@ -86,6 +86,7 @@ _STORAGES: dict[torch.dtype, Any] = {
     torch.uint8: torch.ByteStorage,
     torch.bool: torch.BoolStorage,
 }
+_FP16_END = 65520  # from here on a value is rounded to infinity
 _PTH_ALIGNMENT = 64  # bytes, as torch.save aligns the data of a tensor
 
 
@@ -243,7 +244,12 @@ def stored_as(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None or not tensor.is_floating_point():
         return tensor
     stored = tensor.to(dtype)
-    if dtype == torch.float16 and bool((stored.isinf() & tensor.isfinite()).any()):
+    if dtype != torch.float16 or not tensor.numel():
+        return stored
+    low, high = tensor.aminmax()  # looks at the values without copies of them
+    # Not so for NaN and infinities, which stay what they are; then each value is looked at.
+    is_within = bool(low > -_FP16_END) and bool(high < _FP16_END)
+    if not is_within and bool((stored.isinf() & tensor.isfinite()).any()):
         raise UserError(
             f"{name} has values up to {float(tensor.abs().max()):.6g}, beyond fp16 (65504): "
             "save as bf16 or fp32."

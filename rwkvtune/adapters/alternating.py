@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 
-def add_lora(model: Any, *, r: int, alpha: int, dropout: float, bias: str) -> Any:
+def add_lora(model: Any, *, r: int, alpha: int, dropout: float, bias: Any) -> Any:
     """The model with adapters on every matrix of the decoder's layers, and only they (and what
     already learns outside of the decoder) learning."""
     from peft import LoraConfig, get_peft_model

@@ -7,6 +7,7 @@ reads around one of our models.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkvtune.adapters.settings import ALPHA, LORA_KINDS, AdapterSettings, R, check_pattern
+from rwkvtune.adapters.settings import ALPHA, LORA_KINDS, AdapterSettings, check_pattern
 from rwkvtune.checkpoint import load_weights, save_weights
 from rwkvtune.errors import UserError
 from rwkvtune.models.frame import LanguageModel
@@ -70,7 +71,7 @@ def wrap(model: LanguageModel, settings: AdapterSettings, *, is_resumed: bool = 
 def peft_config(settings: AdapterSettings) -> Any:
     """peft's own configuration; UserError for a field that it does not have."""
     peft = _peft()
-    r = settings.r or R
+    r = settings.rank
     common = {
         "target_modules": settings.target_modules,
         "modules_to_save": settings.modules_to_save,
@@ -215,6 +216,8 @@ def _is_wrapped(module: nn.Module) -> bool:
 
 def _peft() -> Any:
     """The package; UserError where it is missing."""
+    # peft imports bitsandbytes, which warns that an optional package is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft
     except ModuleNotFoundError as error:

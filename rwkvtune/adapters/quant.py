@@ -31,7 +31,11 @@ PROJECTIONS = r"(.*\.)?blocks\.\d+\.(att|ffn)\.\w+"
 are."""
 
 BLOCK_SIZE = 64
-"""Values that share a scale in nf4 and fp4: 4.5 bits each with their fp32 scale."""
+"""Values that share an fp32 scale in nf4 and fp4."""
+
+
+BYTES_PER_VALUE = {"nf4": 0.5 + 4 / BLOCK_SIZE, "fp4": 0.5 + 4 / BLOCK_SIZE, "int8": 1.0}
+"""Of a packed weight, scales included where they count."""
 
 
 class QuantizedLinear(nn.Linear):

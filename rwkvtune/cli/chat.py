@@ -50,6 +50,8 @@ PROMPT = "> "
 def main(argv: list[str]) -> int:
     args = make_parser().parse_args(argv)
     checked(args)
+    if args.system and args.load:
+        raise UserError("--load brings its own system message: leave --system out")
     path = weights_of(args.file)
     vocab_size = vocab_size_of(path)
     template = template_for(path, args.template)

@@ -15,15 +15,18 @@ from rwkvtune.cli import output
 from rwkvtune.errors import UserError, report
 
 COMMANDS = {
+    "chat": "talk with a model on the terminal",
     "configs": "list presets, show one, or write one from weights (rwkvtune configs --help)",
     "data": "make token files from text, or look into them (rwkvtune data --help)",
     "demo": "train a small RWKV-7 on a bundled text, on the CPU, in minutes",
-    "chat": "talk with a model on the terminal",
+    "eval": "measure a model on text files and on tasks of the lm-eval harness",
     "export": "turn weights into the forms of other RWKV programs, or back",
     "generate": "let a model write, from a prompt or from nothing",
     "inspect": "tell what a weights file or a run folder holds",
+    "merge": "write the weights of a base with an adapter in them",
     "report": "draw one or several runs side by side into a picture and an HTML page",
     "sft": "fine-tune a model on conversations (rwkvtune sft --help)",
+    "vision": "let a model see pictures: train, ask, score (rwkvtune vision --help)",
     "train": "pretrain a language model, or go on with a run (rwkvtune train --help)",
 }
 """Each is a module of this folder with a `main(argv) -> exit code`, loaded only when called."""

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch.utils.data import Sampler
 
-Grouping = Literal["length", "modality_length", "modality_length_auto", "varlen"]
+Grouping = Literal["none", "length", "modality_length", "modality_length_auto", "varlen"]
 
 
 class GroupedSampler(Sampler[int]):
@@ -43,6 +43,8 @@ class GroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.grouping == "none":
+            return iter(torch.randperm(len(self), generator=generator).tolist())
         size = self.batch_size * self.world_size
         if self.grouping.startswith("modality_length"):
             return iter(by_modality(self.lengths, size, self.world_size, generator))

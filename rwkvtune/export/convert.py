@@ -14,6 +14,7 @@ from rwkvtune.checkpoint import save_dtype, write_pth, write_safetensors
 from rwkvtune.data.tokenizers import Tokenizer, as_json, data_tokenizer_path
 from rwkvtune.errors import UserError
 from rwkvtune.export import FORMATS, huggingface, llama_cpp
+from rwkvtune.export.chat_template import as_jinja
 from rwkvtune.export.hf_tokenizer import tokenizer_files
 from rwkvtune.export.source import TUNED_STATE, Source
 from rwkvtune.export.web_rwkv import to_web_rwkv
@@ -141,6 +142,7 @@ def _write_folder(
             source=source.path.name,
             dtype=target,
             tokenizer=tokenizer,
+            chat_template=as_jinja(source.template) if source.template else None,
             shard_bytes=shard_bytes,
         )
     return num_bytes

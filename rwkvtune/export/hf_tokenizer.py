@@ -9,6 +9,7 @@ table gives the ids (WordLevel). Text is cut in time proportional to its length.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from rwkvtune.data.tokenizers import END_OF_DOCUMENT, Tokenizer
@@ -23,9 +24,12 @@ OWN_TOKENIZER = "rwkvtune_tokenizer.json"
 _LONGEST_MATCH = ("world", "bytes", "chars", "vocab")
 
 
-def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
+def tokenizer_files(tokenizer: Tokenizer, chat_template: str | None = None) -> dict[str, str]:
     """Content of tokenizer.json and tokenizer_config.json; empty for a tokenizer that is no such
-    vocabulary."""
+    vocabulary.
+
+    chat_template: in Jinja.
+    """
     if tokenizer.name not in _LONGEST_MATCH:
         return {}
     characters = byte_characters()
@@ -80,6 +84,8 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,  # transformers' word for no limit
     }
+    if chat_template is not None:
+        config["chat_template"] = chat_template
     return {
         "tokenizer.json": json.dumps(content, ensure_ascii=False),
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
@@ -94,7 +100,7 @@ def byte_characters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def longest_match_pattern(words: Any) -> str:
+def longest_match_pattern(words: Iterable[str]) -> str:
     """A regular expression that matches, at a place, the longest of the words that fits there."""
     tree: dict[str, Any] = {}
     for word in words:

@@ -136,12 +136,14 @@ def write(
     source: str,
     dtype: torch.dtype | None,
     tokenizer: Tokenizer | None,
+    chat_template: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Fill a folder with weights, configuration, tokenizer and model card.
 
     tensors: as to_hf gives them.  dtype: to store them in, None = as they are.
     name, source: of the model and of the file that it comes from, for the card.
+    chat_template: in Jinja, to go with the tokenizer.
     """
     shards = list(_shards(tensors, dtype, shard_bytes))
     names = [_ONE_FILE]
@@ -160,7 +162,7 @@ def write(
     _write_json(folder / "generation_config.json", ids)
     (folder / "modeling_rwkv7.py").write_text(_MODELING, encoding="utf-8")
     if tokenizer is not None:
-        for file, content in tokenizer_files(tokenizer).items():
+        for file, content in tokenizer_files(tokenizer, chat_template).items():
             (folder / file).write_text(content, encoding="utf-8")
         if tokenizer.name == "world":
             (folder / WORLD_VOCABULARY).write_bytes(vocabulary_path().read_bytes())

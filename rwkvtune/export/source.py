@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rwkvtune.checkpoint import load_weights
+from rwkvtune.data.chat import Template, find_template
 from rwkvtune.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
 from rwkvtune.errors import UserError
 from rwkvtune.export import huggingface, llama_cpp
@@ -30,8 +31,10 @@ class Source(NamedTuple):
     weights: dict[str, Tensor]
     """By upstream's names; memory-mapped."""
     config: ModelConfig
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | None = None
     """The one that is kept with it."""
+    template: Template | None = None
+    """Of chats, kept with it."""
 
 
 def open_source(path: Path) -> Source:
@@ -43,6 +46,7 @@ def open_source(path: Path) -> Source:
     if path.is_dir() and not huggingface.is_hf_folder(path):
         path = newest_weights(path)
     tokenizer: Tokenizer | None
+    template = None
     if path.is_dir():
         kind = "hf"
         weights, tokenizer = huggingface.read(path)
@@ -55,8 +59,8 @@ def open_source(path: Path) -> Source:
         kind = {".st": "st", ".safetensors": "safetensors"}.get(path.suffix.lower(), "pth")
         weights = load_weights(path)
         weights = from_web_rwkv(weights) if kind == "st" else weights
-        tokenizer = find_tokenizer(path)
-    return _checked(Source(path, kind, weights, _config_of(path, weights), tokenizer))
+        tokenizer, template = find_tokenizer(path), find_template(path)
+    return _checked(Source(path, kind, weights, _config_of(path, weights), tokenizer, template))
 
 
 def _config_of(path: Path, weights: dict[str, Tensor]) -> ModelConfig:

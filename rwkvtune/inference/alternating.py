@@ -8,7 +8,6 @@ three namings, and writing them again.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from rwkvtune.checkpoint import load_weights, save_weights
 from rwkvtune.errors import MissingFileError, UserError
-from rwkvtune.files import atomic_directory, atomic_write
+from rwkvtune.files import atomic_write
 from rwkvtune.models.alternating import config as configs
 from rwkvtune.models.alternating.build import (
     composed_class,
@@ -28,6 +27,7 @@ from rwkvtune.models.alternating.build import (
     generation_settings,
 )
 from rwkvtune.models.alternating.config import PUBLISHED_TOWER, variant_of
+from rwkvtune.models.alternating.hub import repository_folder
 from rwkvtune.models.alternating.masks import Variant
 from rwkvtune.models.alternating.naming import (
     Naming,
@@ -137,16 +137,13 @@ def _find_folder(name: str, beside: Path | None, allow_download: bool) -> Path:
             return folder
     if Path(name).is_absolute() or name.count("/") != 1:
         raise MissingFileError(f"there is no folder {name}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, local_files_only=not allow_download))
-    except Exception as error:  # the hub's errors have no common type
+    found = repository_folder(name, allow_download=allow_download)
+    if found is None:
         raise MissingFileError(
-            f"there is no folder {name}, and no such repository in the local cache"
-            + ("" if allow_download else "; --allow_download fetches it")
-            + (f" ({type(error).__name__})" if allow_download else "")
-        ) from error
+            f"there is no folder {name}, and no such repository "
+            + ("on the hub" if allow_download else "in the local cache (--allow_download)")
+        )
+    return found
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -185,7 +182,7 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     """Tensors of the checkpoint that the model has no place for."""
     total: int = 0
-    """Tensors in the model."""
+    """Tensors in the model, a tied head not counted."""
 
     def counts(self) -> dict[str, dict[str, int]]:
         """group -> {matched, shape-mismatched, missing, skipped, unexpected}."""
@@ -314,6 +311,7 @@ def from_backbone(
     model = empty_model(config, attention=attention, dtype=torch.float32, initial_values=True)
     report = fill(model, backbone, only_lm=True)
     _zero_biases_of_mistral(model, backbone, report)
+    notes.append(f"copied {len(report.matched)} params from backbone into {variant} model")
     if tower is not None:
         _fill_tower(model, tower, report)
     return model.eval(), report, notes
@@ -334,7 +332,7 @@ def fill(model: Any, checkpoint: Checkpoint, *, only_lm: bool = False) -> LoadRe
     only_lm: skip what belongs to no language model.
     """
     places = _places(model)
-    report = LoadReport(total=len(places))
+    report = LoadReport(total=len({tensor.data_ptr() for tensor in places.values()}))
     for name, tensor in checkpoint.tensors():
         group = group_of(name)
         if name.endswith("rotary_emb.inv_freq"):
@@ -420,8 +418,8 @@ def named_for(model: Any, naming: Naming) -> dict[str, Tensor]:
 def export(
     model: Any, folder: str | Path, naming: Naming, *, tokenizer_from: Path | None = None
 ) -> list[str]:
-    """Write a checkpoint in one of the three namings, whole or not at all; returns what was left
-    out, in words.
+    """Write a checkpoint in one of the three namings, each file whole or not at all; returns what
+    was left out, in words.
 
     llava: LLaVA's flat config.json and names. hf: names as llava-hf publishes them. qwen2: the
     language model alone. tokenizer_from: a folder whose tokenizer files go along.
@@ -434,23 +432,31 @@ def export(
     if naming == "qwen2" and is_composed(model):
         left_out.append("vision tower, projector and newline: qwen2 is a language model alone")
     config = _config_for(model, naming, variant)
-    with atomic_directory(folder) as temporary:
-        save_weights(temporary / "model.safetensors", weights)
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (temporary / "config.json").write_text(text, encoding="utf-8")
-        generation = json.dumps(generation_settings(model), indent=2) + "\n"
-        (temporary / "generation_config.json").write_text(generation, encoding="utf-8")
-        for name in TOKENIZER_FILES:
-            if tokenizer_from is not None and (tokenizer_from / name).exists():
-                shutil.copy(tokenizer_from / name, temporary / name)
+    folder = Path(folder)
+    for name in TOKENIZER_FILES:
+        if tokenizer_from is not None and (tokenizer_from / name).exists():
+            _write(folder / name, (tokenizer_from / name).read_bytes())
+    save_weights(folder / "model.safetensors", weights)
+    _write_json(folder / "generation_config.json", generation_settings(model))
+    _write_json(folder / "config.json", config)  # last: without it this is no checkpoint yet
     return left_out
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    _write(path, (json.dumps(values, indent=2, sort_keys=True) + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    atomic_write(path, lambda file: file.write(content))
 
 
 def _config_for(model: Any, naming: Naming, variant: Variant) -> dict[str, Any]:
     if naming == "llava":
         return configs.flat_config(model.config, variant)
     config = model.config if naming == "hf" else model.config.get_text_config()
-    values: dict[str, Any] = config.to_dict()
+    values: dict[str, Any] = configs.with_rope_theta(config.to_dict())
+    if naming == "hf":
+        values["text_config"] = configs.with_rope_theta(values["text_config"])
     class_name = composed_class(variant).__name__ if naming == "hf" else None
     if class_name:
         values["architectures"] = [class_name]

@@ -119,6 +119,14 @@ def _triton_available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def fuses_with_triton(x: torch.Tensor, head_size: int = 64) -> bool:
+    """Whether the fused pieces around the recurrence run their Triton kernels on this tensor."""
+    if x.device.type != "cuda" or x.dtype == torch.float64 or not _triton_available():
+        return False
+    backend = os.environ.get(KERNEL_VARIABLE, "auto")
+    return backend in ("auto", "triton_gpu", "triton_gpu_high") and head_size in TRITON_HEAD_SIZES
+
+
 def announce(kernel: str, choice: Choice, *, is_known: bool = False) -> None:
     """Print a choice to stderr, once per process and only on rank zero.
 

@@ -1,4 +1,4 @@
-"""Every setting of `train_alternating.py`: each field is a flag. Names are LLaVA's where it has them.
+"""Every setting of `train_alternating.py`: each field is a flag, named as LLaVA's where it has it.
 
 No torch here: `--help` reads these classes.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 Variant = Literal["alternating", "alternating_cross", "base"]
 
@@ -258,9 +258,10 @@ class AlternatingSettings:
     def from_flat(cls, values: Mapping[str, Any]) -> AlternatingSettings:
         """Build one from one flat mapping of field name -> value."""
         parts = {}
-        for name, group in OPTION_GROUPS.items():
+        for part in dataclasses.fields(cls):
+            group: Any = part.default_factory
             names = [f.name for f in dataclasses.fields(group)]
-            parts[name] = group(**{n: values[n] for n in names if n in values})
+            parts[part.name] = group(**{n: values[n] for n in names if n in values})
         return cls(**parts)
 
     def to_flat(self) -> dict[str, Any]:
@@ -358,17 +359,3 @@ _ACCEPTED = {
     "remove_unused_columns": "samples are never stripped",
     "do_train": "it trains unless a flag says to inspect",
 }
-OPTION_GROUPS: dict[str, type] = {
-    "task": TaskOptions,
-    "model": ModelOptions,
-    "data": DataOptions,
-    "tune": TuneOptions,
-    "trainer": TrainerOptions,
-}
-
-
-def setting_types() -> dict[str, Any]:
-    """The type of every setting by its name."""
-    return {
-        n: hint for group in OPTION_GROUPS.values() for n, hint in get_type_hints(group).items()
-    }

@@ -91,6 +91,7 @@ def fit(
     first_epoch = progress.restart_step // plan.epoch_steps
     trained = [p for p in model.parameters() if p.requires_grad]
     group = sequence_group(fabric, plan.context_parallel)
+    in_backward = optimizer_options.fused_backward
     model.train()
     with StopRequest() as stop:
         if progress.step == 0:
@@ -115,26 +116,29 @@ def fit(
                 is_last = i == len(micro_batches) - 1
                 with fabric.no_backward_sync(model, enabled=not is_last), split_over(group):
                     loss_sum, _, carry, _ = recipe.loss(model, batch.to(fabric.device), carry)
+                    if in_backward:
+                        _check_finite(progress.step + 1, float(loss_sum), 0.0, folder)
                     # DDP and FSDP average gradients over ranks; targets already counts all of them.
                     fabric.backward(loss_sum * (fabric.world_size / max(targets, 1)))
                 loss_here += loss_sum.detach()
             if _scales_its_loss(fabric):
                 fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
             layers = []
-            if output.log_layers and log.is_on_cadence(progress.step + 1):
+            if output.log_layers and not in_backward and log.is_on_cadence(progress.step + 1):
                 layers = layer_statistics(fabric, model)  # before clipping changes the gradients
-            norm = clip_gradients(trained, optimizer_options.grad_clip)
+            norm = (
+                optimizer.gradient_norm()
+                if in_backward
+                else clip_gradients(trained, optimizer_options.grad_clip)
+            )
             loss, stop_votes = _over_ranks(fabric, loss_here, stop.requested is not None)
             loss /= max(targets, 1)
-            if not (math.isfinite(loss) and (math.isfinite(norm) or _scales_its_loss(fabric))):
-                raise UserError(
-                    f"step {progress.step + 1}: the loss is {loss} and the gradient norm {norm}, "
-                    "so the optimizer was not moved and nothing was saved; the newest good state "
-                    f"is in {folder / 'resume'}. A lower lr_init or a longer warmup, in another "
-                    "proj_dir, may help"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            _check_finite(
+                progress.step + 1, loss, 0.0 if _scales_its_loss(fabric) else norm, folder
+            )
+            if not in_backward:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
             took = time.perf_counter() - begin
             progress.step += 1
@@ -193,6 +197,16 @@ def fit(
                 return stop.answer()
         log.line(f"waited for data during {waited / trained_for:.2%} of the training time")
     return None
+
+
+def _check_finite(step: int, loss: float, norm: float, folder: Path) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise UserError(
+            f"step {step}: the loss is {loss} and the gradient norm {norm}, so the optimizer was "
+            "not moved and nothing was saved; the newest good state is in "
+            f"{folder / 'resume'}. A lower lr_init or a longer warmup, in another proj_dir, may "
+            "help"
+        )
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from rwkvtune.errors import UserError
+from rwkvtune.training.config import EPS_8BIT
 from rwkvtune.training.groups import LR_SCALES, STAGE2_LR_SCALES, group_of
 
 Kind = Literal["adamw", "adamw8bit", "muon"]
 
-EPS_8BIT = 1e-8
-"""Least eps of adamw8bit: a second moment that 8 bits round to zero would else be divided by."""
 BLOCK_8BIT = 256
 """Values of a moment that share a scale."""
 LEAST_8BIT = 4096
@@ -268,7 +267,7 @@ def _state_shapes(part: Optimizer, parameter: Tensor) -> dict[str, tuple[int, ..
     shape = tuple(parameter.shape)
     if isinstance(part, AdamW):
         return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
-    if type(part).__name__ == "Muon":
+    if isinstance(part, getattr(torch.optim, "Muon", ())):
         return {"momentum_buffer": shape}
     blocks = (-(-parameter.numel() // BLOCK_8BIT),)
     return {"step": (), "state1": shape, "state2": shape, "absmax1": blocks, "absmax2": blocks}

@@ -16,7 +16,6 @@ class Throughput:
         meter.step()                         # at its end
 
     every: steps per line; 0 = never. The first step, which also pays for starting up, is left out.
-    total: turns counts of this process into those of all.
     """
 
     def __init__(
@@ -25,14 +24,18 @@ class Throughput:
         every: int,
         device_type: str,
         write: Callable[[str], None],
-        total: Callable[[list[float]], list[float]] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.every, self._write, self._total, self._clock = every, write, total, clock
+        self.every, self._write, self._clock = every, write, clock
+        self._total: Callable[[list[float]], list[float]] | None = None
         self._memory = PeakMemory(device_type) if every else None
         self._steps = -1
         self._counts = [0.0, 0.0, 0.0]
         self._began = clock()
+
+    def sum_with(self, total: Callable[[list[float]], list[float]]) -> None:
+        """Turn counts of this process into those of all by `total` from now on."""
+        self._total = total
 
     def add(self, *, samples: int, tokens: int, visual_tokens: int = 0) -> None:
         """Count what a micro-batch of this process holds; tokens: all that are no padding."""

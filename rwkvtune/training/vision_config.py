@@ -175,6 +175,8 @@ class VisionConfig:
     """Resume states to keep."""
     save_full: bool = False
     """Also write rwkv-<k>.pth: language model and adapter in one file, with upstream's names."""
+    save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the tensors in rwkv-<k>.pth; all other files are exact."""
     log_every: int = 10
     """Steps per line of metrics.csv and of the console."""
     val_every: int = 0
@@ -191,8 +193,8 @@ class VisionConfig:
 
     @property
     def device_options(self) -> DeviceOptions:
-        names = [f.name for f in dataclasses.fields(DeviceOptions)]
-        values: dict[str, Any] = {n: getattr(self, n) for n in names if hasattr(self, n)}
+        names = [f.name for f in dataclasses.fields(DeviceOptions) if hasattr(self, f.name)]
+        values: dict[str, Any] = {name: getattr(self, name) for name in names}
         if values["strategy"] != "auto":
             values["strategy"] = "ddp"
         return DeviceOptions(**values)

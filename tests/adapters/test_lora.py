@@ -92,7 +92,10 @@ def test_a_folder_merges_and_loads_in_plain_peft_to_the_logits_of_what_was_train
     adapter.save(model, own, tmp_path / "adapter")
     expected = model(IDS)[0]
     plain = merge(make_base(), "base.pth", tmp_path / "adapter")
+    untouched = {n: t for n, t in make_base().state_dict().items() if n in plain.unused}
     assert plain.state_dict().keys() == make_base().state_dict().keys()
+    assert untouched
+    assert all(torch.equal(plain.state_dict()[n], t) for n, t in untouched.items())
     assert (plain(IDS)[0] - expected).abs().max() < 1e-5
     # Its prefix matters: with another one peft would load nothing and only warn.
     by_peft = PeftModel.from_pretrained(make_base(), tmp_path / "adapter")

@@ -11,6 +11,7 @@ import torch
 
 from rwkvtune.checkpoint import load_weights, save_weights
 from rwkvtune.cli.main import main
+from rwkvtune.data.chat import TEMPLATES, save_template
 from rwkvtune.data.tokenizers import ByteTokenizer, find_tokenizer, save_tokenizer
 from rwkvtune.models import RWKV7Config, build_model
 
@@ -23,6 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         build_model(RWKV7Config(300, 2, 64), seed=1).state_dict(),
     )
     save_tokenizer(ByteTokenizer(), tmp_path / "run")
+    save_template(TEMPLATES["g1"], tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -36,13 +38,16 @@ def test_a_run_folder_becomes_a_hugging_face_folder_and_weights_again(
 ) -> None:
     assert export("run", "model", "--to", "hf") == 0
     assert "x070, 72 tensors of run/rwkv-final.pth, 0.7 MB" in capsys.readouterr().out
+    assert (
+        "Assistant:" in json.loads(Path("model/tokenizer_config.json").read_text())["chat_template"]
+    )
     card = (folder / "model" / "README.md").read_text()
     assert "`rwkv-final.pth`" in card and "AutoTokenizer" in card
     assert export("model", "back.pth", "--to", "pth", "--dtype", "bf16") == 0
     back, original = load_weights("back.pth"), load_weights("run/rwkv-final.pth")
     assert torch.equal(back["head.weight"], original["head.weight"].bfloat16())
     assert isinstance(find_tokenizer("back.pth"), ByteTokenizer)
-    assert main(["generate", "back.pth", "--prompt", "a", "--max_tokens", "1"]) == 0
+    assert main(["inspect", "back.pth"]) == 0
 
 
 def test_nothing_is_replaced_unless_asked_for(
@@ -91,10 +96,11 @@ def test_what_cannot_be_done_is_one_line(
     assert [p.name for p in folder.iterdir()] == ["run"]
 
 
-def test_a_gguf_file_given_as_weights_tells_of_export(
+def test_another_form_given_as_weights_tells_of_export(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("gguf")
-    assert export("run", "m.gguf", "--to", "gguf") == 0
-    assert main(["generate", "m.gguf"]) == 2
-    assert "rwkvtune export m.gguf NAME.pth --to pth" in capsys.readouterr().err
+    assert export("run", "m.gguf", "--to", "gguf") == export("run", "folder", "--to", "hf") == 0
+    for name in ("m.gguf", "folder"):
+        assert main(["generate", name]) == 2
+        assert f"rwkvtune export {name} NAME.pth --to pth" in capsys.readouterr().err

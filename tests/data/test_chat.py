@@ -237,6 +237,8 @@ def test_a_jinja_template_without_marks_gives_transformers_text_and_trains_the_a
     found, spans = ours(CHATML, CHAT)
     assert found == text
     assert [found[b:e] for b, e in spans] == ["A\n\nB<|im_end|>\n", "C<|im_end|>\n"]
+    ignored = [CHAT[0], CHAT[1], CHAT[2] | {"weight": 0}, *CHAT[3:]]
+    assert ours(CHATML, ignored) == (text, spans[1:])
     template = JinjaTemplate(CHATML, "test")
     assert template.stops == ("<|im_end|>",)
     prompt = "".join(p.text or "" for p in template.prompt(CHAT[:4]))

@@ -31,7 +31,7 @@ def samples_of(lengths: list[int]) -> ChatSamples:
     trained = np.concatenate([np.arange(size) >= min(2, size - 1) for size in sizes])
     ends = np.cumsum(sizes, dtype=np.int64)
     names = [str(n) for n in range(len(lengths))]
-    return ChatSamples(ids, trained, ends, names, [None] * len(lengths))
+    return ChatSamples(ids, trained, ends, names)
 
 
 def made(samples: ChatSamples, batching: Batching, global_bsz: int, seed: int = 1) -> ChatBatches:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvtune.kernels.calls import apply
+from rwkvtune.kernels.dispatch import fuses_with_triton
 from rwkvtune.kernels.split import token_before
 
 
@@ -96,6 +97,10 @@ def token_shift_mix(
     token shift.
     """
     before = token_before(z[:, -1], before)
+    if fuses_with_triton(z) and len(mix) <= 6:
+        from . import triton_gpu
+
+        return triton_gpu.token_shift_mix(z, mix, before, reset)
     return cast("tuple[Tensor, ...]", apply(_TokenShiftMix, z, mix, before, reset))
 
 

@@ -235,9 +235,15 @@ def composed_config(
     return config
 
 
+def with_rope_theta(values: dict[str, Any]) -> dict[str, Any]:
+    """Also where programs look for it that are older than transformers 5."""
+    rope = values.get("rope_parameters") or {}
+    return values | ({"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {})
+
+
 def flat_config(config: PretrainedConfig, variant: Variant) -> dict[str, Any]:
     """A composed configuration as LLaVA writes it, for export."""
-    text = config.text_config.to_dict()
+    text = with_rope_theta(config.text_config.to_dict())
     for name in ("model_type", "architectures", "_name_or_path"):
         text.pop(name, None)
     names = {

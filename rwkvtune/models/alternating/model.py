@@ -250,6 +250,7 @@ class LlavaOnevisionWithModalities(_OwnMasks, LlavaOnevisionForConditionalGenera
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.is_alternating = hasattr(config.text_config, "mask_schedule")
+        self.loss_type = "ForCausalLM"  # transformers tells it by the names of its own classes
 
     def forward(
         self,
