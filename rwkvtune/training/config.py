@@ -264,6 +264,9 @@ class OutputOptions:
     """Write a resume state every so many steps, besides those at rwkv-*.pth; 0 = none."""
     keep_last: int = 2
     """Resume states to keep; rwkv-*.pth are never removed."""
+    async_save: bool = False
+    """Write weights and resume states while training goes on, which then waits only until they are
+    copied; the copy takes their size in the machine's memory."""
     save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the tensors in rwkv-*.pth; resume states are always fp32."""
     log_every: int = 10
@@ -494,7 +497,11 @@ MAY_CHANGE_AT_RESUME = frozenset(
         *("epoch_count", "exit_tokens", "micro_bsz", "accumulate_grad_batches"),
         *("accelerator", "devices", "num_nodes", "strategy", "context_parallel"),
         *("epoch_save", "save_every", "keep_last", "log_every", "val_every", "sample_every"),
-        *("log_layers", "model_config"),  # what a preset stands for is compared by itself
+        *(
+            "async_save",
+            "log_layers",
+            "model_config",
+        ),  # what a preset stands for is compared by itself
         *("tensorboard", "wandb", "resume", "proj_dir", "epoch_samples", "restart_warmup_steps"),
     }
 )

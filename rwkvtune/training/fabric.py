@@ -19,7 +19,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision, Precision
 from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
-from torch import Tensor, nn
+from torch import nn
 
 from rwkvtune.errors import UserError, report
 from rwkvtune.models.frame import Block
@@ -178,15 +178,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(inner := getattr(model, "module", None), nn.Module):
         model = inner
     return model
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor as one piece, gathered when it is sharded. Every rank must call this for every
-    tensor."""
-    if not hasattr(tensor, "full_tensor"):
-        return tensor
-    gathered: Tensor = tensor.full_tensor()
-    return gathered
 
 
 def sequence_group(fabric: Fabric, size: int) -> Any:

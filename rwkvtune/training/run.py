@@ -38,6 +38,7 @@ from rwkvtune.training.memory import PeakMemory, keep_freed_memory
 from rwkvtune.training.optim import build_optimizer
 from rwkvtune.training.plan import Plan, make_plan, memory_estimate, replicas_of
 from rwkvtune.training.run_state import Progress, RunState, SavedState, read_state
+from rwkvtune.training.saving import Writer
 from rwkvtune.training.schedule import Schedule
 from rwkvtune.training.starting_point import StartingPoint
 
@@ -407,6 +408,7 @@ def _build_state(config: TrainConfig, job: _Job, fabric: Any, recipe: Recipe) ->
         job.settings,
         fabric.strategy.precision,
         adapter,
+        Writer(in_background=config.output.async_save),
     )
     if saved is not None:
         state.restore(saved)
