@@ -67,7 +67,6 @@ from rwkvtune.training.fabric import (
     make_fabric,
     planned_world_size,
     unwrapped,
-    whole,
 )
 from rwkvtune.training.log import RunLog
 from rwkvtune.training.loop import fit
@@ -204,7 +203,7 @@ class VisionState(RunState):
     def weights(self) -> dict[str, Tensor]:
         model = unwrapped(self.model)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        return {name: whole(p.detach()) for name, p in trained.items()}
+        return {name: p.detach() for name, p in trained.items()}
 
     def write_weights(self, run_folder: Path, label: str, *, dtype: str, write: bool) -> None:
         """adapter-<k>.safetensors, and rwkv-<k>.pth or lora-<k>/ for what else was trained."""
