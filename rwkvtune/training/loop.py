@@ -33,6 +33,9 @@ class MicroBatch(Protocol):
     """What the loop knows of a batch."""
 
     @property
+    def input_ids(self) -> Tensor: ...
+
+    @property
     def target_tokens(self) -> int: ...
 
     def to(self, device: torch.device | str) -> Any: ...
