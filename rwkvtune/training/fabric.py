@@ -130,7 +130,8 @@ def _strategy(name: str, total_devices: int, say: Callable[[str], None]) -> Any:
         return ModelParallelStrategy(
             shard, data_parallel_size=total_devices, tensor_parallel_size=1
         )
-    return DDPStrategy(gradient_as_bucket_view=True)
+    # Buffers are packed weights, which no step changes.
+    return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 _SHARDED = {
