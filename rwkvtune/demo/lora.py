@@ -35,7 +35,9 @@ ANSWER_TOKENS = 12
 # The package reads its settings from the environment when it is imported, and switches torch's
 # scripting for the whole process, so it runs in one of its own.
 READER = """
-import json, sys
+import json, os, sys
+
+os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="0")
 from rwkv.model import RWKV
 
 path, ids, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
@@ -211,10 +213,8 @@ def _same_answer(base: Path, adapter: Path, merged: Path) -> list[str]:
     def answer_of(model: Any) -> list[int]:
         return list(generate(model, ids, max_tokens=ANSWER_TOKENS, temperature=0.0))
 
-    environment = os.environ | {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
     done = subprocess.run(
         [sys.executable, "-c", READER, str(merged), json.dumps(ids), str(ANSWER_TOKENS)],
-        env=environment,
         capture_output=True,
         text=True,
     )
