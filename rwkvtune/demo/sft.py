@@ -111,7 +111,8 @@ def _show(folder: Path, held_out: Path, before: dict[str, float], after: dict[st
     print(
         f"""
 Next:
-  talk to it     {python} -m rwkvtune chat {tuned} --temperature 0     (try: reverse stone)
+  talk to it     {python} -m rwkvtune chat {tuned} --temperature 0
+                 (try: reverse stone; it knows single questions, so /reset before another)
   see the mask   {python} -m rwkvtune sft --preview 3 --data_file {held_out} --tokenizer bytes
   your own data  docs/fine-tuning.md
 """

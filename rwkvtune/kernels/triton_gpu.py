@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .calls import without_autocast
+
 CHUNK_LEN = 16
 """Tokens per chunk. With 32 the kernels keep half the states and compute more; compiled for sm_90
 their tiles no longer fit into registers."""
@@ -162,7 +164,8 @@ def _scan(own: Tensor, transfers: Tensor, first: Tensor | None) -> Tensor:
     """
     entering = torch.empty_like(own)
     S = torch.zeros_like(own[:, :, 0]) if first is None else first
-    for i in range(own.shape[2]):
-        entering[:, :, i] = S
-        S = S @ transfers[:, :, i] + own[:, :, i]
+    with without_autocast(own.device.type):
+        for i in range(own.shape[2]):
+            entering[:, :, i] = S
+            S = S @ transfers[:, :, i] + own[:, :, i]
     return entering

@@ -83,7 +83,7 @@ def _shift(z, mix, before, reset, out, tokens, T, C, S: tl.constexpr,
     x = _read(z, offsets, exists)
     d = _previous(z, before, reset, offsets, exists, channel, token, T, C, HAS_BEFORE, HAS_RESET)
     d -= x
-    size = tokens.to(tl.int64) * C
+    size = tl.cast(tokens, tl.int64) * C  # a function: of one token it is a plain number here
     for s in tl.static_range(S):
         _write(out + s * size, offsets, exists, x + d * _vector(mix + s * C, channel, C))
 
@@ -510,6 +510,7 @@ def _softmax_gradient(logits, gold, counted, losses, V, l2wrap, BLOCK: tl.conste
     target = tl.load(gold + row)
     weight = tl.load(counted + row).to(tl.float32)
     lane = tl.arange(0, BLOCK)
+    picked = tl.zeros([BLOCK], tl.float32)  # the target's logit, in its lane
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     where = tl.zeros([BLOCK], tl.int32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -518,6 +519,7 @@ def _softmax_gradient(logits, gold, counted, losses, V, l2wrap, BLOCK: tl.conste
         z = z.to(tl.float32)
         grown = tl.maximum(largest, z)
         where = tl.where(z > largest, begin + lane, where)
+        picked = tl.where(begin + lane == target, z, picked)
         # A lane that has seen nothing yet holds exp(-inf - -inf), which is not a number.
         kept = tl.where(largest == float("-inf"), 0.0, total * tl.exp(largest - grown))
         total = kept + tl.where(z == float("-inf"), 0.0, tl.exp(z - grown))
@@ -526,9 +528,7 @@ def _softmax_gradient(logits, gold, counted, losses, V, l2wrap, BLOCK: tl.conste
     # The first of several equal ones.
     first = tl.min(tl.where(largest == top, where, V), 0)
     total = tl.sum(tl.where(total > 0.0, total * tl.exp(largest - top), 0.0), 0)
-    picked = tl.load(logits + target).to(tl.float32)
-    tl.store(losses + row, (tl.log(total) + top - picked) * weight)
-    tl.debug_barrier()  # the target's logit is read before its place is written
+    tl.store(losses + row, (tl.log(total) + top - tl.sum(picked, 0)) * weight)
     for begin in range(0, V, BLOCK):
         exists = begin + lane < V
         z = tl.load(logits + begin + lane, mask=exists, other=0.0).to(tl.float32)
