@@ -14,6 +14,7 @@ from typing import Any
 from rwkvtune.errors import UserError, report
 
 COMMANDS = {
+    "alternating": "masks, attention, evaluation, sweeps of alternating-attention models",
     "configs": "list presets, show one, or write one from weights (rwkvtune configs --help)",
     "data": "make token files from text, or look into them (rwkvtune data --help)",
     "demo": "train a small RWKV-7 on a bundled text, on the CPU, in minutes",
