@@ -11,7 +11,7 @@ READY := .venv/.ready
 # A GPU machine may have neither .venv nor a package index: there, take the python that has torch.
 ANY_PYTHON = $$(if test -f $(READY); then echo $(VENV_PYTHON); else echo $(PYTHON); fi)
 
-.PHONY: help venv test demo lint bench gpu-check clean
+.PHONY: help venv test demo demo-sft demo-lora demo-vision demo-alternating lint bench gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -24,6 +24,18 @@ test: $(READY) ## run the tests
 demo: $(READY) ## train a small RWKV-7 on the bundled text, on the CPU, in minutes
 	@$(VENV_PYTHON) -m rwkvtune demo
 
+demo-sft: $(READY) ## pretrain a tiny model, fine-tune it on instructions, check its answers; minutes
+	@$(VENV_PYTHON) -m rwkvtune demo sft
+
+demo-vision: $(READY) ## train a small model to see drawn pictures and digits, on the CPU, in minutes
+	@$(VENV_PYTHON) -m rwkvtune vision demo
+
+demo-alternating: $(READY) ## train plain and alternating attention on one visual task, compare them; minutes
+	@$(VENV_PYTHON) -m rwkvtune demo alternating
+
+demo-lora: $(READY) ## fine-tune a tiny model by LoRA, on an nf4 base, by its state and in full; minutes
+	@$(VENV_PYTHON) -m rwkvtune demo lora
+
 lint: $(READY) ## ruff (rules and formatting) and mypy
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
@@ -35,6 +47,7 @@ bench: $(READY) ## measure on this CPU: steps, recurrence, whole runs, generatio
 	$(VENV_PYTHON) -m benchmarks.run
 	$(VENV_PYTHON) -m benchmarks.generate
 	$(VENV_PYTHON) -m benchmarks.data
+	$(VENV_PYTHON) -m benchmarks.vision
 
 gpu-check: ## GPU tests and benchmarks in one go, JSON into OUT=dir; without a GPU says so
 	@$(ANY_PYTHON) -m benchmarks.gpu_check --out "$(OUT)"

@@ -13,4 +13,5 @@ if [ -z "${PYTHON:-}" ]; then
   PYTHON=python
   if [ -x "$HERE/.venv/bin/python" ]; then PYTHON="$HERE/.venv/bin/python"; fi
 fi
-PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -m rwkvtune.cli.train_with_config "$@"
+PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -c \
+  'from rwkvtune.cli.main import run_door; raise SystemExit(run_door("train_with_config"))' "$@"

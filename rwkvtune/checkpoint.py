@@ -86,6 +86,7 @@ _STORAGES: dict[torch.dtype, Any] = {
     torch.uint8: torch.ByteStorage,
     torch.bool: torch.BoolStorage,
 }
+_FP16_END = 65520  # from here on a value is rounded to infinity
 _PTH_ALIGNMENT = 64  # bytes, as torch.save aligns the data of a tensor
 
 
@@ -243,7 +244,12 @@ def stored_as(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if dtype is None or not tensor.is_floating_point():
         return tensor
     stored = tensor.to(dtype)
-    if dtype == torch.float16 and bool((stored.isinf() & tensor.isfinite()).any()):
+    if dtype != torch.float16 or not tensor.numel():
+        return stored
+    low, high = tensor.aminmax()  # looks at the values without copies of them
+    # Not so for NaN and infinities, which stay what they are; then each value is looked at.
+    is_within = bool(low > -_FP16_END) and bool(high < _FP16_END)
+    if not is_within and bool((stored.isinf() & tensor.isfinite()).any()):
         raise UserError(
             f"{name} has values up to {float(tensor.abs().max()):.6g}, beyond fp16 (65504): "
             "save as bf16 or fp32."
@@ -276,8 +282,9 @@ def write_pth(
     content = io.BytesIO()
     _EntryPickler(content, protocol=2).dump(entries)
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", content.getvalue())
-        archive.writestr("archive/byteorder", sys.byteorder)
+        # A ZipInfo has no time of the day: equal weights give equal files.
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), content.getvalue())
+        archive.writestr(zipfile.ZipInfo("archive/byteorder"), sys.byteorder)
         for number, (name, tensor, size) in enumerate(records):
             record = zipfile.ZipInfo(f"archive/data/{number}")
             record.file_size = size
@@ -289,7 +296,7 @@ def write_pth(
             with archive.open(record, "w", force_zip64=True) as stream:
                 for block in _blocks_of(stored_as(name, tensor, dtype)):
                     stream.write(block)
-        archive.writestr("archive/version", "3\n")
+        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
 
 
 class _StorageEntry(NamedTuple):
@@ -306,8 +313,9 @@ class _TensorEntry:
 
     def __reduce__(self) -> tuple[Any, ...]:
         stride = torch.empty(self.shape, device="meta").stride()
-        # As torch.save of any version since 1.6: offset, shape, stride, no gradient, no hooks.
-        arguments = (self.storage, 0, self.shape, stride, False, OrderedDict())
+        # As torch.save of any version since 1.6: offset, shape, stride, no gradient, hooks.
+        hooks: OrderedDict[str, Any] = OrderedDict()
+        arguments = (self.storage, 0, self.shape, stride, False, hooks)
         return torch._utils._rebuild_tensor_v2, arguments
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
+from typing import TextIO
+
+READER_LEFT = 141
+"""Exit code of a program that SIGPIPE ends, as a shell shows it."""
 
 
 class UserError(ValueError):
@@ -21,9 +26,12 @@ class MissingFileError(UserError, FileNotFoundError):
 def report(error: BaseException) -> int:
     """Say on stderr why the program ends; returns the exit code that belongs to it.
 
-    A UserError is one line and 2, Ctrl-C 130, sys.exit(n) n; all else is our mistake: its traceback
-    and 1.
+    A UserError is one line and 2, Ctrl-C 130, sys.exit(n) n, a pipe whose reader has left (`|
+    head`) nothing and 141; all else is our mistake: its traceback and 1.
     """
+    if isinstance(error, BrokenPipeError):
+        discard_rest(sys.stdout)
+        return READER_LEFT
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -34,3 +42,9 @@ def report(error: BaseException) -> int:
         return error.code or 0
     traceback.print_exception(error)
     return 1
+
+
+def discard_rest(stream: TextIO) -> None:
+    """Let what is still to be written to a broken stream go nowhere: Python would write it again
+    when it closes the stream, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

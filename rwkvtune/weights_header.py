@@ -77,7 +77,7 @@ def weights_format(path: Path) -> Literal["zip", "pickle", "safetensors"]:
 
     MissingFileError, or UserError for what is no weights file.
     """
-    head = _first_bytes(path)
+    head = first_bytes(path)
     if head.startswith(b"PK\x03\x04"):
         return "zip"
     if head[8:9] == b"{":  # before the next: the length of a header may begin with any byte
@@ -133,13 +133,26 @@ def newest_weights(folder: Path) -> Path:
     for path in reversed(candidates):
         if path.is_file():
             return path
+    if (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is a Hugging Face folder; `rwkvtune export {folder} NAME.pth --to pth` may "
+            "turn it into weights"
+        )
+    if any(folder.glob("adapter-*")):
+        raise MissingFileError(
+            f"{folder} holds an adapter, which needs its base: rwkvtune merge BASE {folder} OUT.pth "
+            "writes weights that run by themselves (a tuned state: rwkvtune generate BASE --state "
+            f"{folder})"
+        )
     raise MissingFileError(
         f"{folder} is no run folder: it has no rwkv-final.pth, rwkv-N.pth or rwkv-init.pth. "
         f"{_weights_nearby(folder / '*')}"
     )
 
 
-def _first_bytes(path: Path) -> bytes:
+def first_bytes(path: Path) -> bytes:
+    """The first 200 bytes of a file; MissingFileError, or UserError for what cannot be read, or is
+    a folder or empty."""
     if not path.exists():
         raise MissingFileError(f"there is no file {path}. {_weights_nearby(path)}")
     if path.is_dir():
@@ -172,6 +185,8 @@ def _hint_about(path: Path, head: bytes) -> str:
         return " This is a git-lfs pointer, not the weights: run `git lfs pull` where it came from."
     if head.lstrip().startswith(b"<"):
         return " This is a web page, probably the answer to a failed download: download it again."
+    if head.startswith(b"GGUF"):
+        return f" This is a GGUF file: `rwkvtune export {path} NAME.pth --to pth` may turn it back."
     prefix = path.with_suffix("")
     if head.startswith(b"MMIDIDX") or (path.suffix == ".bin" and path.with_suffix(".idx").exists()):
         return f" This is a token file: see `rwkvtune data inspect {prefix}`."

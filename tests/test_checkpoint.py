@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -93,6 +94,21 @@ def test_every_storable_dtype_and_shape_is_read_back_by_the_safetensors_library(
     assert same(safetensors.torch.load_file(path), tensors)
     with safetensors.safe_open(path, framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_only_a_finite_value_that_fp16_makes_infinite_is_refused(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = tmp_path / "x.safetensors"
+    kept = torch.tensor([65519.0, -65519.0, math.inf, -math.inf, math.nan, 1e-9], dtype=dtype)
+    save_weights(path, {"kept": kept, "none": torch.empty(0, dtype=dtype)}, dtype="fp16")
+    found = load_weights(path)["kept"]
+    assert torch.equal(found[:4].float(), torch.tensor([65504.0, -65504, math.inf, -math.inf]))
+    assert found[4].isnan() and found[5] == 0
+    for value in (65520.0, -65520.0):
+        with pytest.raises(UserError, match="beyond fp16"):
+            save_weights(path, {"x": torch.tensor([1.0, value], dtype=dtype)}, dtype="fp16")
 
 
 def test_a_pth_holds_what_torch_itself_would_have_saved(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ PUBLISHED_SPELLINGS = ("my_testing", "head_size_a", "my_exit_tokens", "my_pile_s
 # The presets' JSON files are published, and so are their keys.
 MAY_SPELL_AS_PUBLISHED = (
     "cli/published_flags.py",
+    "cli/world_train.py",
     "pipeline/",
     "configs/",
     "models/rwkv7/config.py",

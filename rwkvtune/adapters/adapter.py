@@ -20,10 +20,18 @@ from torch import Tensor
 
 from rwkvtune.adapters import lora, state
 from rwkvtune.adapters.base import Base, base_of
-from rwkvtune.adapters.quant import KINDS, QuantReport, dequantize, quantize
+from rwkvtune.adapters.quant import (
+    BYTES_PER_VALUE,
+    KINDS,
+    PROJECTIONS,
+    QuantReport,
+    dequantize,
+    quantize,
+)
 from rwkvtune.adapters.settings import AdapterSettings
 from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.files import atomic_directory
+from rwkvtune.models import ModelConfig, build_model
 from rwkvtune.models.frame import LanguageModel
 from rwkvtune.models.layers import Linear
 
@@ -60,12 +68,46 @@ class Adapter:
             (temporary / ABOUT_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What an adapter will take, known from dimensions and settings."""
+
+    trained: int
+    """Numbers that are trained."""
+    frozen_bytes: int
+    """Memory of the base."""
+
+
+def sizes(
+    config: ModelConfig, settings: AdapterSettings, compute_dtype: torch.dtype = torch.float32
+) -> Sizes:
+    """Try the settings on a model without values; UserError where `attach` would raise one."""
+    with torch.device("meta"):
+        model = build_model(config, initial_values=False)
+        _wrap(model, settings, is_resumed=True)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = 0
+    for name, module in model.named_modules():
+        plain = re.sub(r"\.base_layer$", "", name)
+        is_packed = settings.quant != "none" and re.fullmatch(PROJECTIONS, plain)
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad:
+                each = float(parameter.element_size())
+                if type(module) is Linear and is_packed:
+                    each = BYTES_PER_VALUE[KINDS[settings.quant]]
+                elif type(module) is Linear and settings.kind != "dora":
+                    each = compute_dtype.itemsize
+                frozen += int(parameter.numel() * each)
+    return Sizes(trained, frozen)
+
+
 def attach(
     model: LanguageModel,
     settings: AdapterSettings,
     base_path: str,
     *,
     saved: Mapping[str, Tensor] | None = None,
+    saved_base: Base | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Adapter:
     """Quantize a model that holds all weights of its base, then put the adapter in; the rest is
@@ -73,19 +115,18 @@ def attach(
 
     saved: values of the trained tensors from an earlier run, by the names of the state dict; None =
     initial ones, random parts from torch's global generator.
+    saved_base: what they belong to.
     compute_dtype: frozen projections are kept in this type, in which their products run.
-    UserError when saved tensors or settings do not fit.
+    UserError when saved tensors or settings do not fit, or belong to another base.
     """
     assert not any(p.is_meta for p in model.parameters()), "load the base first"
     assert not any(".base_layer." in n for n in model.state_dict()), "quantize first, then wrap"
     names = set(model.state_dict())
     base = base_of(model, base_path)
+    if saved_base is not None:
+        saved_base.check(base, "the run's adapter")
     report = None if settings.quant == "none" else quantize(model, settings.quant)
-    if settings.kind == "state":
-        state.attach(model)
-    else:
-        lora.wrap(model, settings, is_resumed=saved is not None)
-    own = tuple(name for name in model.state_dict() if not _is_of_base(name))
+    own = _wrap(model, settings, is_resumed=saved is not None)
     _account(model, names, own)
     if saved is not None:
         if set(saved) != set(own):
@@ -100,8 +141,17 @@ def attach(
             lora.take(model, settings, saved)
     # DoRA reads the weights themselves, for their norms.
     if settings.kind != "dora":
-        _store_frozen(model, compute_dtype)
+        store_frozen(model, compute_dtype)
     return Adapter(settings, base, own, report)
+
+
+def _wrap(model: LanguageModel, settings: AdapterSettings, *, is_resumed: bool) -> tuple[str, ...]:
+    """Put the adapter in; returns the keys of its tensors."""
+    if settings.kind == "state":
+        state.attach(model)
+    else:
+        lora.wrap(model, settings, is_resumed=is_resumed)
+    return tuple(name for name in model.state_dict() if not _is_of_base(name))
 
 
 def merge(model: LanguageModel, base_path: str, folder: Path) -> LanguageModel:
@@ -110,15 +160,7 @@ def merge(model: LanguageModel, base_path: str, folder: Path) -> LanguageModel:
 
     UserError for another base than the adapter's, and for a folder that is none.
     """
-    about = read_about(folder)
-    if about is None:
-        if not (folder / lora.CONFIG_FILE).exists():
-            raise MissingFileError(
-                f"{folder} is no adapter folder: it has neither {ABOUT_FILE} nor {lora.CONFIG_FILE}"
-            )
-        return lora.merged(model, folder)
-    Base(**about["base"]).check(model, base_path, str(folder))
-    settings = AdapterSettings(**about["adapter"])
+    settings = _checked(model, base_path, folder)
     if settings.quant != "none":
         quantize(model, settings.quant)
         dequantize(model)
@@ -126,6 +168,35 @@ def merge(model: LanguageModel, base_path: str, folder: Path) -> LanguageModel:
         state.take(model, state.load(folder), str(folder))
         return model
     return lora.merged(model, folder)
+
+
+def load(model: LanguageModel, base_path: str, folder: Path) -> LanguageModel:
+    """The model with the adapter of a folder beside its weights, as it was trained; uses `model`
+    up.
+
+    UserError as in `merge`.
+    """
+    settings = _checked(model, base_path, folder)
+    if settings.quant != "none":
+        quantize(model, settings.quant)
+    if settings.kind == "state":
+        state.take(model, state.load(folder), str(folder))
+        return model
+    inside: LanguageModel = lora.put(model, folder).get_base_model()
+    return inside
+
+
+def _checked(model: LanguageModel, base_path: str, folder: Path) -> AdapterSettings:
+    """The settings of a folder; UserError when the model is not its base, or it is no adapter."""
+    about = read_about(folder)
+    if about is None:
+        if not (folder / lora.CONFIG_FILE).exists():
+            raise MissingFileError(
+                f"{folder} is no adapter folder: it has neither {ABOUT_FILE} nor {lora.CONFIG_FILE}"
+            )
+        return AdapterSettings("lora")  # what else it is, peft's own file says
+    Base(**about["base"]).check(base_of(model, base_path), str(folder))
+    return AdapterSettings(**about["adapter"])
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
@@ -166,7 +237,7 @@ def _account(model: LanguageModel, names: set[str], own: tuple[str, ...]) -> Non
         assert parameter.requires_grad == (name in own), f"{name}: frozen means the base's"
 
 
-def _store_frozen(model: LanguageModel, dtype: torch.dtype) -> None:
+def store_frozen(model: LanguageModel, dtype: torch.dtype) -> None:
     """Keep frozen projections in the type of their products: they would be rounded to it in every
     step, with the same result."""
     for module in model.modules():

@@ -22,9 +22,8 @@ class Base:
     content: str
     """sha256 of their values in fp32: the same for a file in bf16 and its copy in fp32."""
 
-    def check(self, model: LanguageModel, source: str, adapter: str) -> None:
-        """UserError unless the weights that `model` was filled with are this base's."""
-        found = base_of(model, source)
+    def check(self, found: Base, adapter: str) -> None:
+        """UserError unless what was found is this base; adapter: what belongs to it."""
         if (found.shapes, found.version) != (self.shapes, self.version):
             reason = "has other tensors"
         elif found.content != self.content:
@@ -32,7 +31,7 @@ class Base:
         else:
             return
         raise UserError(
-            f"{source} {reason} than the base that {adapter} was trained on, {self.path} "
+            f"{found.path} {reason} than the base that {adapter} was trained on, {self.path} "
             f"({self.version}, content {self.content[:12]}): give that base"
         )
 

@@ -7,6 +7,7 @@ reads around one of our models.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkvtune.adapters.settings import ALPHA, LORA_KINDS, AdapterSettings, R, check_pattern
+from rwkvtune.adapters.settings import ALPHA, LORA_KINDS, AdapterSettings, check_pattern
 from rwkvtune.checkpoint import load_weights, save_weights
 from rwkvtune.errors import UserError
 from rwkvtune.models.frame import LanguageModel
@@ -70,7 +71,7 @@ def wrap(model: LanguageModel, settings: AdapterSettings, *, is_resumed: bool = 
 def peft_config(settings: AdapterSettings) -> Any:
     """peft's own configuration; UserError for a field that it does not have."""
     peft = _peft()
-    r = settings.r or R
+    r = settings.rank
     common = {
         "target_modules": settings.target_modules,
         "modules_to_save": settings.modules_to_save,
@@ -152,6 +153,15 @@ def save(
 def merged(model: LanguageModel, folder: Path) -> LanguageModel:
     """The plain model that answers as `model` does with the adapter of a folder; uses `model` up.
 
+    UserError as in `put`.
+    """
+    plain: LanguageModel = put(model, folder).merge_and_unload(safe_merge=True)
+    return plain
+
+
+def put(model: LanguageModel, folder: Path) -> Any:
+    """peft's wrapper around a model, with the adapter of a folder in it.
+
     UserError when the folder's tensors are not exactly those that its configuration asks for.
     """
     peft = _peft()
@@ -171,8 +181,7 @@ def merged(model: LanguageModel, folder: Path) -> LanguageModel:
             + f" ({len(differing)} such tensors)"
         )
     peft.set_peft_model_state_dict(wrapped, weights)
-    plain: LanguageModel = wrapped.merge_and_unload(safe_merge=True)
-    return plain
+    return wrapped
 
 
 def _check_modules(model: LanguageModel, settings: AdapterSettings) -> None:
@@ -215,6 +224,8 @@ def _is_wrapped(module: nn.Module) -> bool:
 
 def _peft() -> Any:
     """The package; UserError where it is missing."""
+    # peft imports bitsandbytes, which warns that an optional package is missing.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft
     except ModuleNotFoundError as error:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.optim import Optimizer
 
 from rwkvtune.errors import UserError
 from rwkvtune.models.layers import Linear
@@ -30,7 +31,11 @@ PROJECTIONS = r"(.*\.)?blocks\.\d+\.(att|ffn)\.\w+"
 are."""
 
 BLOCK_SIZE = 64
-"""Values that share a scale in nf4 and fp4: 4.5 bits each with their fp32 scale."""
+"""Values that share an fp32 scale in nf4 and fp4."""
+
+
+BYTES_PER_VALUE = {"nf4": 0.5 + 4 / BLOCK_SIZE, "fp4": 0.5 + 4 / BLOCK_SIZE, "int8": 1.0}
+"""Of a packed weight, scales included where they count."""
 
 
 class QuantizedLinear(nn.Linear):
@@ -234,6 +239,25 @@ def dequantize(model: nn.Module) -> None:
             _replace(model, name, plain.train(module.training))
 
 
+def adamw_8bit(
+    groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
+) -> Optimizer:
+    """bitsandbytes' AdamW with both moments in 8 bits, whatever the size of a parameter."""
+    _functional()
+    from bitsandbytes.optim import AdamW8bit
+
+    optimizer: Optimizer = AdamW8bit(
+        groups, lr=lr, betas=betas, eps=eps, weight_decay=0.0, min_8bit_size=1
+    )
+    return optimizer
+
+
+def adamw_8bit_maps(device: torch.device) -> dict[str, Tensor]:
+    """The levels of adamw_8bit's two moments, which its state holds beside them."""
+    create = _functional().create_dynamic_map
+    return {"qmap1": create(signed=True).to(device), "qmap2": create(signed=False).to(device)}
+
+
 def bytes_of(model: nn.Module) -> int:
     """Of all parameters and buffers; what two modules share counts once."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -254,7 +278,7 @@ def _functional() -> Any:
         import bitsandbytes.functional as functional
     except ModuleNotFoundError as error:
         raise UserError(
-            "quant needs the package bitsandbytes: pip install 'rwkvtune[quant]', or leave --quant "
-            "out"
+            "quant and optimizer adamw8bit need the package bitsandbytes: pip install "
+            "'rwkvtune[quant]'"
         ) from error
     return functional

@@ -77,6 +77,10 @@ class AdapterSettings:
         return found
 
     @property
+    def rank(self) -> int:
+        return self.r or int(self.peft_config.get("r", R))
+
+    @property
     def target_modules(self) -> str | list[str]:
         """As peft takes them: a regular expression, or ends of names."""
         if not self.targets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from argparse import Namespace
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from rwkvtune.cli import output
 from rwkvtune.cli.arguments import OneLineParser
 from rwkvtune.cli.weights import header_of, version_of
-from rwkvtune.errors import UserError
+from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.inference.settings import check_settings
 from rwkvtune.models import config_from_shapes
 from rwkvtune.weights_header import newest_weights, numbered_weights
@@ -52,6 +53,8 @@ def main(argv: list[str]) -> int:
     prompt_ids = tokenizer.encode(prompt)
 
     model = load(path, args.device, args.dtype, args.threads)
+    if args.state is not None:
+        begin_with(model, args.state, path, is_exact=args.dtype == "fp32")
     from rwkvtune.data.tokenizers import END_OF_DOCUMENT
     from rwkvtune.inference.generate import generate
 
@@ -85,6 +88,7 @@ def make_parser() -> OneLineParser:
     add("--prompt", metavar="TEXT", help="text to go on from; without it, stdin if that is no "
         "terminal (exact bytes), else the start of a document")  # fmt: skip
     add_sampling_flags(parser, max_tokens=200, top_p=1.0)
+    add_state_flag(parser)
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be "
         "given several times")  # fmt: skip
     add("--ignore_end", action="store_true", help="go on after the end of a document (id 0)")
@@ -113,6 +117,11 @@ def add_sampling_flags(parser: OneLineParser, *, max_tokens: int, top_p: float) 
     add("--frequency_penalty", type=float, default=0.0, metavar="X", help="taken off the logit "
         "for each time a token was written before (0)")  # fmt: skip
     add("--seed", type=int, metavar="N", help="the same seed writes the same text again")
+
+
+def add_state_flag(parser: OneLineParser) -> None:
+    parser.add_argument("--state", type=Path, metavar="FILE", help="a tuned initial state: "
+        "state.pth, or the adapter folder or run folder that holds it")  # fmt: skip
 
 
 def add_computing_flags(parser: OneLineParser) -> None:
@@ -203,6 +212,34 @@ def load(path: Path, device: str, dtype: str, threads: int) -> LanguageModel:
         raise UserError(
             f"{path} does not fit the GPU's memory as {dtype}: use --dtype bf16, or --device cpu"
         ) from error
+
+
+def begin_with(model: LanguageModel, given: Path, base_path: Path, *, is_exact: bool) -> None:
+    """Let a model begin with the state of a file; UserError for one of another base.
+
+    is_exact: the model holds the values of its file, so they can be compared.
+    """
+    from rwkvtune.adapters import adapter, state
+    from rwkvtune.adapters.base import Base, base_of
+
+    folder = adapter_folder(given) if given.is_dir() else given.parent
+    about = adapter.read_about(folder)
+    if about is not None and is_exact:
+        Base(**about["base"]).check(base_of(model, str(base_path)), str(given))
+    state.take(model, state.load(folder if given.is_dir() else given), str(given))
+
+
+def adapter_folder(path: Path) -> Path:
+    """The folder itself, or the newest adapter of a run folder."""
+    if not path.is_dir():
+        raise MissingFileError(f"there is no adapter folder {path}")
+    found = ((re.fullmatch(r"adapter-(\d+|final)", p.name), p) for p in path.glob("adapter-*"))
+    adapters = [p for match, p in found if match and p.is_dir()]
+    if not adapters:
+        return path
+    newest = max(adapters, key=lambda p: p.stat().st_mtime)
+    note(f"adapter: {newest}")
+    return newest
 
 
 def stream(

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from rwkvtune.cli.weights import header_of, version_of
 from rwkvtune.configs.comparison import presets_that_fit
 from rwkvtune.errors import UserError
 from rwkvtune.models import CONFIGS, ModelConfig, RWKV7Config, config_from_shapes
+from rwkvtune.models.dimensions import first_few, misfits
 from rwkvtune.models.rwkv7.config import UNUSED
 from rwkvtune.training.config import FRESH_VERSION, TrainConfig
 from rwkvtune.weights_header import TensorInfo, WeightsHeader, newest_weights
@@ -30,7 +31,6 @@ settings to train it further. Only names and shapes are read, so a file of any s
 FILE may be a run folder: then its newest weights are told, and what else is there."""
 
 FLOATS = ("fp64", "fp32", "fp16", "bf16")
-SHOWN_ODD_TENSORS = 5
 
 
 def main(argv: list[str]) -> int:
@@ -131,31 +131,9 @@ def odd_tensors(
     tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
     """What a loader would refuse, a line for each kind of oddity."""
-
-    def squeezed(shape: Iterable[int]) -> list[int]:
-        return [n for n in shape if n != 1]
-
-    missing = [name for name in expected if name not in tensors and name not in UNUSED]
-    unknown = [f"{n} {list(info.shape)}" for n, info in tensors.items() if n not in expected]
-    misshapen = [
-        f"{name} {list(tensors[name].shape)}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and name not in UNUSED
-        if squeezed(tensors[name].shape) != squeezed(shape)
-    ]
     no_floats = [f"{n} {info.dtype}" for n, info in tensors.items() if info.dtype not in FLOATS]
-    kinds = {
-        "missing": missing,
-        "unknown": unknown,
-        "of another shape": misshapen,
-        "not floating-point": no_floats,
-    }
-    return [f"{kind}: {_first_few(found)}" for kind, found in kinds.items() if found]
-
-
-def _first_few(items: Sequence[str]) -> str:
-    more = len(items) - SHOWN_ODD_TENSORS
-    return "; ".join(items[:SHOWN_ODD_TENSORS]) + (f"; and {more} more" if more > 0 else "")
+    odd = misfits({name: info.shape for name, info in tensors.items()}, expected, UNUSED)
+    return odd + ([f"not floating-point: {first_few(no_floats)}"] if no_floats else [])
 
 
 def settings_to_train_further(path: Path, parameters: int, ctx_len: int | None) -> dict[str, Any]:

@@ -11,18 +11,23 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
+from rwkvtune.cli import output
 from rwkvtune.errors import UserError, report
 
 COMMANDS = {
     "alternating": "masks, attention, evaluation, sweeps of alternating-attention models",
+    "chat": "talk with a model on the terminal",
     "configs": "list presets, show one, or write one from weights (rwkvtune configs --help)",
     "data": "make token files from text, or look into them (rwkvtune data --help)",
     "demo": "train a small RWKV-7 on a bundled text, on the CPU, in minutes",
-    "chat": "talk with a model on the terminal",
+    "eval": "measure a model on text files and on tasks of the lm-eval harness",
+    "export": "turn weights into the forms of other RWKV programs, or back",
     "generate": "let a model write, from a prompt or from nothing",
     "inspect": "tell what a weights file or a run folder holds",
+    "merge": "write the weights of a base with an adapter in them",
     "report": "draw one or several runs side by side into a picture and an HTML page",
     "sft": "fine-tune a model on conversations (rwkvtune sft --help)",
+    "vision": "let a model see pictures: train, ask, score (rwkvtune vision --help)",
     "train": "pretrain a language model, or go on with a run (rwkvtune train --help)",
 }
 """Each is a module of this folder with a `main(argv) -> exit code`, loaded only when called."""
@@ -52,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(name: str, args: list[str]) -> int:
-    """Run a command; a UserError becomes one line on stderr and exit code 2."""
+    """Run a command; a UserError becomes one line on stderr and exit code 2, a reader of its output
+    that leaves (`| head`) exit code 141."""
     answers = {signal.SIGTERM: _leave, signal.SIGINT: signal.default_int_handler}
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
@@ -60,7 +66,10 @@ def guarded(name: str, args: list[str]) -> int:
         before = {number: signal.signal(number, answer) for number, answer in answers.items()}
     try:
         command: Callable[[list[str]], int] = importlib.import_module(f"rwkvtune.cli.{name}").main
-        return command(args)
+        try:
+            return command(args)
+        finally:
+            output.finish()
     except ModuleNotFoundError as error:
         if (error.name or "rwkvtune").startswith("rwkvtune"):
             raise
@@ -70,7 +79,7 @@ def guarded(name: str, args: list[str]) -> int:
                 "venv` makes, or `pip install .` in the clone with this Python"
             )
         )
-    except (UserError, KeyboardInterrupt) as error:
+    except (UserError, KeyboardInterrupt, BrokenPipeError) as error:
         return report(error)
     finally:
         for number, answer in before.items():

@@ -12,8 +12,8 @@ DEFAULT_SHARE = "0.05"
 def main(argv: list[str]) -> int:
     parser = OneLineParser(
         "rwkvtune report",
-        "Draw runs side by side: losses, learning rate, gradient norm, speed, and gradient norms and\n"
-        "decays of each layer.",
+        "Draw runs side by side: losses, learning rate, gradient norm, speed, and gradient\n"
+        "norms and decays of each layer.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or its metrics.csv")
     parser.add_argument(

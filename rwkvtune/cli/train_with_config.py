@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import sys
 from datetime import datetime
 from pathlib import Path
 
-from rwkvtune.cli.main import run_door
-from rwkvtune.cli.train import make_parser, parse_settings, start
+from rwkvtune.cli.train import make_parser, parse_settings
 from rwkvtune.cli.weights import header_of
 from rwkvtune.configs import ModelConfig, load_model_config
 from rwkvtune.configs.comparison import preset_for
@@ -41,14 +42,21 @@ def main(argv: list[str]) -> int:
         return 0 if argv else 2
     if argv[0].startswith("-"):
         raise UserError(f"the size comes first, found {argv[0]}: train_with_config.sh 0.1b ...")
-    preset = load_model_config(argv[0])
-    flags = argv[1:]
-    given = dict(_flag_values(flags))
-    data = given.get("data_file") or os.environ.get("DATA", "")
-    weights = given.get("load_model") or os.environ.get("WEIGHTS", "")
+    preset, flags = load_model_config(argv[0]), argv[1:]
     size = _size_of(preset)
+    parser = make_parser()
+    environment = {"data_file": "DATA", "load_model": "WEIGHTS"}
+    parser.set_defaults({name: os.environ.get(key, "") for name, key in environment.items()})
+    parser.set_defaults(proj_dir=f"output_{size}_{_now()}")
+    config = TrainConfig.from_flat(parse_settings(parser, [*flags, "--model_config", argv[0]]))
+    wrong = [problem for problem in config.problems() if not problem.startswith("data_file")]
+    if wrong:
+        raise UserError("; ".join(wrong))
+    data, weights = config.data.data_file, config.model.load_model
+    folder = Path(config.output.proj_dir)
     if not data and not weights:
-        folder = Path(given.get("proj_dir") or f"output_{size}_tryout_{_now()}")
+        parser.set_defaults(proj_dir=f"output_{size}_tryout_{_now()}")
+        folder = Path(parse_settings(parser, flags)["proj_dir"])
         return _try_out(preset, folder, flags)
     if not data:
         raise UserError(
@@ -56,9 +64,8 @@ def main(argv: list[str]) -> int:
         )
     found = preset.find_weights(weights or None)
     _check_fits(preset, found)
-    folder = Path(given.get("proj_dir") or f"output_{size}_{_now()}")
     prefix = _token_files(data, folder, preset)
-    return _train(
+    return _become_training(
         [*flags, "--model_config", argv[0], "--load_model", str(found), "--data_file", prefix],
         folder,
     )
@@ -88,7 +95,7 @@ def _try_out(preset: ModelConfig, folder: Path, flags: list[str]) -> int:
     atomic_write(text, lambda file: file.write(sample.encode()))
     prefix = _token_files(str(text), folder, load_model_config(str(json_file)))
     length = ["--exit_tokens", str(TRYOUT_TOKENS), "--log_every", "5"]
-    return _train(
+    return _become_training(
         [*length, *flags, "--model_config", str(json_file), "--data_file", prefix], folder
     )
 
@@ -144,20 +151,12 @@ def _token_files(data: str, folder: Path, preset: ModelConfig) -> str:
     return str(prefix)
 
 
-def _train(arguments: list[str], folder: Path) -> int:
-    values = parse_settings(make_parser(), ["--proj_dir", str(folder), *arguments])
-    return start(TrainConfig.from_flat(values))
-
-
-def _flag_values(flags: list[str]) -> list[tuple[str, str]]:
-    """(name, value) of `--name value` and `--name=value`, in order; for the few that are looked at
-    here."""
-    pairs = []
-    for flag, following in zip(flags, [*flags, ""][1:], strict=True):
-        if flag.startswith("--"):
-            name, equals, value = flag[2:].partition("=")
-            pairs.append((name, value if equals else following))
-    return pairs
+def _become_training(arguments: list[str], folder: Path) -> int:
+    """Go on as `rwkvtune train`, whose further processes, one for each GPU, then begin with the
+    same command and not with what was prepared here."""
+    command = ["train", *arguments, "--proj_dir", str(folder)]
+    print(f"rwkvtune {shlex.join(command)}", flush=True)
+    os.execv(sys.executable, [sys.executable, "-m", "rwkvtune", *command])
 
 
 def _size_of(preset: ModelConfig) -> str:
@@ -177,7 +176,3 @@ def _make_folder(path: Path) -> None:
         raise UserError(f"{path} exists: choose another --proj_dir, or wait a second") from None
     except OSError as error:
         raise UserError(f"cannot make {path}: {error.strerror}") from error
-
-
-if __name__ == "__main__":
-    raise SystemExit(run_door("train_with_config"))

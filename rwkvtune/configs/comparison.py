@@ -19,8 +19,14 @@ _LORA_DIMS = ("dim_att_lora", "dim_gate_lora", "dim_mv_lora", "dim_a_lora")
 def differences(preset: ModelConfig, found: RWKV7Config) -> list[tuple[str, int, int]]:
     """(name as presets have it, the preset's value, the checkpoint's) for each dimension that
     differs."""
-    said, real = _dimensions(preset.dimensions), _dimensions(found)
-    return [(name, said[name], real[name]) for name in said if said[name] != real[name]]
+    pair = preset.dimensions, found
+    written = [asdict(SimpleTrainConfig.of(model)) for model in pair]
+    said, real = (
+        sizes | {"dim_a_lora": model.a_rank, "dim_ffn": model.dim_ffn}
+        for sizes, model in zip(written, pair, strict=True)
+    )
+    # By what is written: a channel mix that follows n_embd in both is no difference of its own.
+    return [(name, said[name], real[name]) for name in said if written[0][name] != written[1][name]]
 
 
 def disagreement(preset: ModelConfig, found: RWKV7Config, weights: str) -> str:
@@ -101,9 +107,3 @@ def ctx_len_of(file_name: str) -> int | None:
     """What released files say in their names, as in rwkv7-g1-0.1b-20250307-ctx4096.pth."""
     named = re.search(r"ctx([1-9]\d*)", file_name.rpartition("/")[2])
     return int(named[1]) if named else None
-
-
-def _dimensions(model: RWKV7Config) -> dict[str, int]:
-    """By published names, the two that presets may leave out filled in."""
-    sizes = asdict(SimpleTrainConfig.of(model))
-    return sizes | {"dim_a_lora": model.a_rank, "dim_ffn": model.dim_ffn}

@@ -24,13 +24,33 @@ class Batch:
     reset: Tensor | None = None
     """[B, T] bool: True where a document starts and the model forgets all before; None: never."""
 
+    continues: bool = False
+    """The rows go on where those of the batch before ended."""
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return Batch(
             self.input_ids.to(device, non_blocking=True),
             self.targets.to(device, non_blocking=True),
             None if self.reset is None else self.reset.to(device, non_blocking=True),
+            self.continues,
         )
+
+    def chunks(self, length: int) -> list[Batch]:
+        """The rows cut into pieces of `length` tokens, each going on from the one before; 0 = one
+        piece."""
+        T = self.input_ids.shape[1]
+        starts = range(0, T, length or T)
+        cuts = [slice(start, start + (length or T)) for start in starts]
+        return [
+            Batch(
+                self.input_ids[:, cut],
+                self.targets[:, cut],
+                None if self.reset is None else self.reset[:, cut],
+                self.continues or cut.start > 0,
+            )
+            for cut in cuts
+        ]
 
     @property
     def target_tokens(self) -> int:

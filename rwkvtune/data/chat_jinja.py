@@ -79,9 +79,13 @@ class JinjaTemplate:
         text = self._render(messages)
         if self._marks_answers:
             return self._cut_at_marks(text, messages)
-        spans, done = [], 0
+        return self._cut_at_answers(text, messages)
+
+    def _cut_at_answers(self, text: str, messages: Sequence[Message]) -> list[Piece]:
+        pieces: list[Piece] = []
+        done = 0
         for i, message in enumerate(messages):
-            if not is_trained(message):
+            if message["role"] != "assistant":
                 continue
             begin = self._render(messages[:i], add_generation_prompt=True)
             end = self._render(messages[: i + 1])
@@ -91,48 +95,33 @@ class JinjaTemplate:
                     "it writes for the whole conversation, so the answer in it cannot be told: put "
                     "{% generation %} and {% endgeneration %} around it in the template"
                 )
-            spans.append((len(begin), len(end)))
-        pieces: list[Piece] = []
-        for begin_at, end_at in spans:
-            pieces += _with_ends(text[done:begin_at], False)
-            pieces += _with_ends(text[begin_at:end_at], True)
-            done = end_at
+            pieces += _with_ends(text[done : len(begin)], False)
+            pieces += _with_ends(text[len(begin) : len(end)], is_trained(message))
+            done = len(end)
         return pieces + _with_ends(text[done:], False)
 
     def prompt(self, messages: Sequence[Message]) -> list[Piece]:
         text = self._render(messages, add_generation_prompt=True)
-        if not self._marks_answers:
-            return self._split_like_training(text, messages)
-        return [
-            Piece(piece.text, False) for piece in self._cut_at_marks(text, messages, strict=False)
-        ]
+        try:
+            # The pieces of training, so that its ids are the same.
+            cut = self._cut_at_marks if self._marks_answers else self._cut_at_answers
+            pieces = cut(text, messages)
+        except UserError:  # a template that rewrites the past
+            pieces = _with_ends(re.sub(f"[{_BEGIN}{_END}]", "", text), False)
+        return [Piece(piece.text, False) for piece in pieces]
 
-    def _split_like_training(self, text: str, messages: Sequence[Message]) -> list[Piece]:
-        """A prompt in the pieces that training gives, so that its ids are the same."""
-        if not any(is_trained(message) for message in messages):
-            return _with_ends(text, False)
-        last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-        before = self.pieces(messages[: last + 1])
-        written = "".join(END_MARK if p.text is None else p.text for p in before)
-        if not text.startswith(written):
-            return _with_ends(text, False)
-        return [Piece(p.text, False) for p in before] + _with_ends(text[len(written) :], False)
-
-    def _cut_at_marks(
-        self, text: str, messages: Sequence[Message], *, strict: bool = True
-    ) -> list[Piece]:
+    def _cut_at_marks(self, text: str, messages: Sequence[Message]) -> list[Piece]:
         answers = [m for m in messages if m["role"] == "assistant"]
         parts = text.split(_BEGIN)
         pieces = _with_ends(parts[0], False)
-        if strict and len(parts) - 1 != len(answers):
+        if len(parts) - 1 != len(answers):
             raise UserError(
                 f"{self.where}: {len(parts) - 1} generation blocks were written for "
                 f"{len(answers)} assistant turns: each turn needs one"
             )
-        for i, part in enumerate(parts[1:]):
+        for answer, part in zip(answers, parts[1:], strict=True):
             inside, _, behind = part.partition(_END)
-            trained = is_trained(answers[i]) if i < len(answers) else False
-            pieces += _with_ends(inside, trained) + _with_ends(behind, False)
+            pieces += _with_ends(inside, is_trained(answer)) + _with_ends(behind, False)
         return pieces
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:

@@ -6,14 +6,15 @@ import hashlib
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Literal
 
 import numpy as np
 
-from rwkvtune.data.chat import Message, Piece, Template, encoded, messages_of
+from rwkvtune.data.chat import Piece, Template, encoded, messages_of
 from rwkvtune.data.sampler import permutation
 from rwkvtune.data.text import TextFile, find_files, json_value, numbered_lines
 from rwkvtune.data.tokenizers import Tokenizer
@@ -21,6 +22,7 @@ from rwkvtune.errors import UserError
 
 OnBadSample = Literal["error", "skip"]
 _SHOWN = 3  # places named for each reason
+_TOGETHER = 256  # lines whose texts are encoded at once
 
 
 @dataclass
@@ -56,14 +58,9 @@ class ChatSamples:
         trained: np.ndarray,
         ends: np.ndarray,
         places: Sequence[str],
-        conversations: Sequence[list[Message] | None],
     ) -> None:
-        """ids, trained: of all samples in a row.  ends: [n], where each ends.
-
-        conversations: of each, None for plain text.
-        """
-        self.ids, self.trained, self.ends = ids, trained, ends
-        self.places, self.conversations = places, conversations
+        """ids, trained: of all samples in a row.  ends: [n], where each ends.  places: in files."""
+        self.ids, self.trained, self.ends, self.places = ids, trained, ends, places
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -95,6 +92,15 @@ class ChatSamples:
         count, share = len(self), self.trained.mean()
         return f"{count:,} samples, {len(self.ids):,} tokens, {share:.0%} of them trained"
 
+    def first_question(self) -> list[int] | None:
+        """The ids that stand before the first answer, of the first sample that has some."""
+        for n in range(len(self)):
+            ids, trained = self[n]
+            if (context := int(trained.argmax())) > 1:  # plain text has an END_OF_DOCUMENT alone
+                question: list[int] = ids[:context].tolist()
+                return question
+        return None
+
     def subset(self, numbers: Iterable[int]) -> ChatSamples:
         chosen = list(numbers)
         parts = [self[n] for n in chosen]
@@ -104,7 +110,6 @@ class ChatSamples:
             np.concatenate([trained for _, trained in parts] or [empty[1]]),
             np.cumsum([len(ids) for ids, _ in parts], dtype=np.int64),
             [self.places[n] for n in chosen],
-            [self.conversations[n] for n in chosen],
         )
 
     def divided(self, share: float, seed: int) -> tuple[ChatSamples, ChatSamples]:
@@ -148,29 +153,31 @@ def read_samples(
     """
     ids, trained, ends = array("I"), bytearray(), array("q")
     places: list[str] = []
-    conversations: list[list[Message] | None] = []
     skipped = Skipped()
-    for place, line in _lines(name):
-        try:
-            found = messages_of(json_value(line, place))
-            more, marks = encoded_sample(found, tokenizer, template)
-            if len(more) - 1 > ctx_len:
-                raise _TooLong(len(more) - 1, ctx_len)
-            if not any(marks[1:]):
-                raise UserError("nothing in it is trained")
-        except UserError as error:
-            reason = str(error).removeprefix(f"{place}: ").rstrip(".")
-            if on_bad_sample == "error":
-                raise UserError(
-                    f"{place}: {reason} (--on_bad_sample skip leaves such samples out)"
-                ) from None
-            skipped.add(place, _kind_of(error, reason))
-            continue
-        ids.extend(more)
-        trained.extend(marks)
-        ends.append(len(ids))
-        places.append(place)
-        conversations.append(None if isinstance(found, str) else found)
+    for batch in _batches(_lines(name)):
+        parsed = [_parsed(place, line, template) for place, line in batch]
+        encode = _encoder(tokenizer, [p for p in parsed if not isinstance(p, UserError)])
+        for (place, _), pieces in zip(batch, parsed, strict=True):
+            try:
+                if isinstance(pieces, UserError):
+                    raise pieces
+                more, marks = encoded(pieces, encode)
+                if len(more) - 1 > ctx_len:
+                    raise _TooLong(len(more) - 1, ctx_len)
+                if not any(marks[1:]):
+                    raise UserError("nothing in it is trained")
+            except UserError as error:
+                reason = str(error).removeprefix(f"{place}: ").rstrip(".")
+                if on_bad_sample == "error":
+                    raise UserError(
+                        f"{place}: {reason} (--on_bad_sample skip leaves such samples out)"
+                    ) from None
+                skipped.add(place, _kind_of(error, reason))
+                continue
+            ids.extend(more)
+            trained.extend(marks)
+            ends.append(len(ids))
+            places.append(place)
     if not places:
         reasons = "; ".join(skipped.lines()[:3]) or "no line holds anything"
         raise UserError(f"{name}: no usable sample in it: {reasons}")
@@ -179,21 +186,34 @@ def read_samples(
         np.frombuffer(trained, np.bool_),
         np.frombuffer(ends, np.int64),
         places,
-        conversations,
     )
     return samples, skipped
 
 
-def encoded_sample(
-    found: list[Message] | str, tokenizer: Tokenizer, template: Template
-) -> tuple[list[int], list[bool]]:
-    """Ids of a sample, and whether each is trained. Plain text is a document, between two
+def _parsed(place: str, line: bytes, template: Template) -> list[Piece] | UserError:
+    """The pieces of a sample, or what is wrong with it. Plain text is a document, between two
     END_OF_DOCUMENT, all of it trained."""
-    if isinstance(found, str):
-        pieces = [Piece(None, False), Piece(found, True), Piece(None, True)]
-    else:
-        pieces = template.pieces(found)
-    return encoded(pieces, tokenizer.encode)
+    try:
+        found = messages_of(json_value(line, place))
+        if isinstance(found, str):
+            return [Piece(None, False), Piece(found, True), Piece(None, True)]
+        return template.pieces(found)
+    except UserError as error:
+        return error
+
+
+def _encoder(tokenizer: Tokenizer, samples: Sequence[list[Piece]]) -> Callable[[str], list[int]]:
+    """tokenizer.encode for the texts of these samples, done at once, which is faster."""
+    texts = list(dict.fromkeys(text for pieces in samples for text, _ in pieces if text))
+    try:
+        found = tokenizer.encode_documents(texts)
+    except UserError:  # so that the sample can be told
+        return tokenizer.encode
+    ids, table, begin = found.ids.tolist(), {"": list[int]()}, 0
+    for text, size in zip(texts, found.sizes.tolist(), strict=True):
+        table[text] = ids[begin : begin + size - 1]  # without the END_OF_DOCUMENT behind it
+        begin += size
+    return table.__getitem__
 
 
 class _TooLong(UserError):
@@ -207,6 +227,11 @@ def _kind_of(error: UserError, reason: str) -> str:
     if isinstance(error, _TooLong):
         return error.kind
     return "not JSON" if reason.startswith("not JSON") else reason
+
+
+def _batches(lines: Iterator[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:
+    while batch := list(islice(lines, _TOGETHER)):
+        yield batch
 
 
 def _lines(name: str) -> Iterator[tuple[str, bytes]]:

@@ -25,7 +25,7 @@ def run_demo(folder: Path) -> int:
     from rwkvtune.training.lm import train_language_model
 
     settings = yaml.safe_load(RECIPE.read_text())
-    settings |= _data(folder) | {"proj_dir": str(folder), "precision": _precision(folder)}
+    settings |= _data(folder) | {"proj_dir": str(folder), "precision": faster_precision(folder)}
     result = train_language_model(TrainConfig.from_flat(settings))
     if result.exit_code:
         return result.exit_code
@@ -45,7 +45,7 @@ def _data(folder: Path) -> dict[str, str]:
     return paths
 
 
-def _precision(folder: Path) -> str:
+def faster_precision(folder: Path) -> str:
     """bf16 where this machine multiplies it faster than fp32; a run that exists keeps what it began
     with."""
     config = folder / "config.yaml"
@@ -81,7 +81,7 @@ def _show(folder: Path) -> None:
     print("\nWhat the model writes:\n")
     for piece in stream_text(tokenizer, ids):
         print(piece, end="", flush=True)
-    python = _shown_path(Path(sys.executable))
+    python = shown_path(Path(sys.executable))
     print(
         f"""
 
@@ -103,7 +103,7 @@ Next:
     )
 
 
-def _shown_path(path: Path) -> Path:
+def shown_path(path: Path) -> Path:
     """Relative to the working folder where the file lies below it, so that a line stays short."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path

@@ -61,6 +61,7 @@ def evaluate(
     max_windows: int = 0,
     byte_lengths: np.ndarray | None = None,
     reset_at_documents: bool = False,
+    chunk_len: int = 0,
     rank: int = 0,
     world_size: int = 1,
     sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
@@ -70,6 +71,7 @@ def evaluate(
     Every window starts from a zero state, so its first targets are predicted from little context: a
     longer ctx_len gives a lower loss.
     loss_head: such as rwkvtune.kernels.fused.cross_entropy.head_cross_entropy.
+    chunk_len: run a window in pieces of so many tokens, which pass their state on; 0 = at once.
     max_windows: use only the first so many windows; 0 = all.  byte_lengths: [V], bytes per token.
     rank, world_size, sum_over_ranks: each rank takes its share of the windows; sum_over_ranks, such
     as a Fabric's all_reduce, adds up a float64 vector, so that all ranks return the same.
@@ -93,6 +95,7 @@ def evaluate(
         batches,
         device=device,
         loss_head=loss_head,
+        chunk_len=chunk_len,
         byte_lengths=byte_lengths,
         sum_over_ranks=sum_over_ranks,
     )
@@ -104,6 +107,7 @@ def evaluate_batches(
     *,
     device: torch.device | str,
     loss_head: LossHead,
+    chunk_len: int = 0,
     byte_lengths: np.ndarray | None = None,
     sum_over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Evaluation:
@@ -111,10 +115,12 @@ def evaluate_batches(
     `evaluate`."""
     sums = np.zeros(3)  # nats, target tokens, bytes
     with evaluating(model):
-        for batch in batches:
+        state = None
+        for batch in (part for whole in batches for part in whole.chunks(chunk_len)):
             on_device = batch.to(device)
             head = partial(loss_head, targets=on_device.targets)
-            nats, _ = model(on_device.input_ids, reset=on_device.reset, head=head)
+            before = state if batch.continues else None
+            nats, state = model(on_device.input_ids, before, reset=on_device.reset, head=head)
             sums += (float(nats), batch.target_tokens, _num_bytes(batch.targets, byte_lengths))
     if sum_over_ranks is not None:
         sums = sum_over_ranks(torch.from_numpy(sums)).cpu().numpy()

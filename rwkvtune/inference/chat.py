@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,35 @@ class ChatSettings:
     seed: int | None = None
 
 
+def answer(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    template: Template,
+    prompt_ids: Sequence[int],
+    settings: ChatSettings,
+    *,
+    state: State | None = None,
+) -> Iterator[str]:
+    """Give the pieces of what the model answers, up to what ends an answer in this template.
+
+    prompt_ids: up to where the answer begins.  state: what the model returned before them.
+    """
+    vocab_size: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
+    ids = generate(
+        model,
+        prompt_ids,
+        state=state,
+        stop_ids=(END_OF_DOCUMENT,),
+        banned_ids=without_text(tokenizer, vocab_size),
+        **vars(settings),
+    )
+    has_begun = False
+    for piece in until(stream_text(tokenizer, ids), template.stops):
+        if shown := piece if has_begun else piece.lstrip():
+            has_begun = True
+            yield shown
+
+
 @dataclass
 class Chat:
     """Asks the model, and keeps what was said.
@@ -53,7 +82,7 @@ class Chat:
     """Ids that the state comes from."""
     _state: State | None = None
 
-    def reply(self, question: str, settings: ChatSettings) -> Iterator[str]:
+    def reply(self, question: str, settings: ChatSettings) -> Generator[str, None, None]:
         """The pieces of the answer as they come; both turns are then part of the conversation.
 
         Ended early (the iterator is closed, or Ctrl-C), what came so far is the answer.
@@ -61,24 +90,16 @@ class Chat:
         asked: list[Message] = [*self.messages, {"role": "user", "content": question}]
         prompt, _ = encoded(self.template.prompt(asked), self.tokenizer.encode)
         self._catch_up(prompt[:-1])
-        vocab_size: int = self.model.config.vocab_size  # type: ignore[union-attr, assignment]
-        ids = generate(
-            self.model,
-            prompt[-1:],
-            state=self._state,
-            stop_ids=(END_OF_DOCUMENT,),
-            banned_ids=without_text(self.tokenizer, vocab_size),
-            **vars(settings),
+        pieces = answer(
+            self.model, self.tokenizer, self.template, prompt[-1:], settings, state=self._state
         )
-        answer = ""
+        said = ""
         try:
-            for piece in until(stream_text(self.tokenizer, ids), self.template.stops):
-                shown = piece if answer else piece.lstrip()
-                answer += shown
-                if shown:
-                    yield shown
+            for piece in pieces:
+                said += piece
+                yield piece
         finally:
-            self.messages = [*asked, {"role": "assistant", "content": answer.strip()}]
+            self.messages = [*asked, {"role": "assistant", "content": said.strip()}]
 
     def _catch_up(self, ids: list[int]) -> None:
         """Read `ids`, only what is new where they begin with what was read before."""
@@ -131,8 +152,12 @@ class Chat:
         ids = tensors.pop("ids").tolist()
         state = _state_from(tensors, self.model, path) if ids else None
         device = next(self.model.parameters()).device
-        self.template = template_from_json(json.loads(meta["template"]), str(path))
-        self.messages = json.loads(meta["messages"])
+        try:
+            messages = json.loads(meta["messages"])
+            template = template_from_json(json.loads(meta["template"]), str(path))
+        except (KeyError, json.JSONDecodeError) as error:
+            raise UserError(f"{path} is damaged: its conversation is missing ({error})") from None
+        self.messages, self.template = messages, template
         self._read = ids
         self._state = state and [LayerState(*(t.to(device) for t in layer)) for layer in state]
 
@@ -186,15 +211,3 @@ def _state_from(tensors: dict[str, torch.Tensor], model: nn.Module, path: Path) 
 
 def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
-
-
-def answer(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    template: Template,
-    messages: Sequence[Message],
-    settings: ChatSettings,
-) -> str:
-    """What the model says to the last of the messages, the user's."""
-    chat = Chat(model, tokenizer, template, list(messages[:-1]))
-    return "".join(chat.reply(messages[-1]["content"], settings)).strip()

@@ -83,7 +83,7 @@ def generate(
     def tokens() -> Iterator[int]:
         carried, ids = state, prompt
         for _ in range(max_tokens):
-            logits, carried = _read(model, torch.tensor([ids], device=device), carried)
+            logits, carried = read_prompt(model, torch.tensor([ids], device=device), carried)
             logits = logits.index_fill(1, banned, -math.inf) if len(banned) else logits
             id = int(sample(logits, counts=counts, **settings))  # type: ignore[arg-type]
             if id in stop_ids:
@@ -138,7 +138,7 @@ def until(pieces: Iterable[str], stops: Collection[str]) -> Iterator[str]:
 def read(model: nn.Module, ids: Sequence[int], state: Any = None) -> Any:
     """The state after the tokens, which come after `state`; that one is not changed."""
     device = next(model.parameters()).device
-    return _read(model, torch.tensor([list(ids)], device=device), state)[1]
+    return read_prompt(model, torch.tensor([list(ids)], device=device), state)[1]
 
 
 @contextmanager
@@ -156,7 +156,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _read(model: nn.Module, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
+def read_prompt(model: nn.Module, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
     """ids [1, T] -> logits after the last one [1, V] fp32, and the state there."""
     logits = ids
     with evaluating(model):

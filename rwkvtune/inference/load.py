@@ -30,12 +30,12 @@ def load_model(
     """
     weights = load_weights(path)
     model = build_model(config_from_state_dict(weights), initial_values=False)
-    _prepare_matrices(model, dtype)
+    prepare_matrices(model, dtype)
     fill_model(model, weights, str(path))
     return model.to(device).eval()
 
 
-def _prepare_matrices(model: nn.Module, dtype: torch.dtype) -> None:
+def prepare_matrices(model: nn.Module, dtype: torch.dtype) -> None:
     """Give the still empty matrices of the products their type, and an order in memory that is fast
     for one token.
 

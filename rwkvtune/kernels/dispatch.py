@@ -27,7 +27,6 @@ BACKENDS = {
 """The backends of wkv5, wkv6 and wkv7 and what each is."""
 
 TRITON_HEAD_SIZES = (32, 64, 128)
-TRITON_KERNELS = {"wkv7"}
 
 _announced: set[str] = set()
 
@@ -63,7 +62,7 @@ def choose(
             f"(argument backend= or environment variable {KERNEL_VARIABLE})."
         )
     exact = precision == "high"
-    obstacle = _obstacle_to_triton(kernel, dtype, head_size, triton_available)
+    obstacle = _obstacle_to_triton(dtype, head_size, triton_available)
     if requested.startswith("triton_gpu"):
         if obstacle:
             raise UserError(f"{kernel} backend {requested!r} cannot run here: {obstacle}.")
@@ -83,12 +82,8 @@ def choose(
     return Choice("triton_gpu", "GPU")
 
 
-def _obstacle_to_triton(
-    kernel: str, dtype: torch.dtype, head_size: int, triton_available: bool
-) -> str:
+def _obstacle_to_triton(dtype: torch.dtype, head_size: int, triton_available: bool) -> str:
     """Why a Triton kernel cannot run, or nothing."""
-    if kernel not in TRITON_KERNELS:
-        return f"{kernel} has no Triton kernel"
     if not triton_available:
         return "triton is not installed, or sees no GPU"
     if dtype == torch.float64:
@@ -122,6 +117,14 @@ def interprets_triton() -> bool:
 @functools.cache
 def _triton_available() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def fuses_with_triton(x: torch.Tensor, head_size: int = 64) -> bool:
+    """Whether the fused pieces around the recurrence run their Triton kernels on this tensor."""
+    if x.device.type != "cuda" or x.dtype == torch.float64 or not _triton_available():
+        return False
+    backend = os.environ.get(KERNEL_VARIABLE, "auto")
+    return backend in ("auto", "triton_gpu", "triton_gpu_high") and head_size in TRITON_HEAD_SIZES
 
 
 def announce(kernel: str, choice: Choice, *, is_known: bool = False) -> None:

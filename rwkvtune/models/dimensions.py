@@ -5,7 +5,7 @@ No torch here: presets, `inspect` and `--help` read these files too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Protocol
 
@@ -83,6 +83,39 @@ def shapes_from(table: Table, config: Any) -> dict[str, tuple[int, ...]]:
         for name, (shape, _) in table.items()
         for layer in (range(config.n_layer) if "*" in name else [0])
     }
+
+
+SHOWN_MISFITS = 5
+
+
+def misfits(
+    shapes: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    unused: Collection[str],
+) -> list[str]:
+    """What a loader would refuse in a file's tensors, a line for each kind; axes of one do not
+    count.
+
+    unused: names that may be missing or of another shape.
+    """
+
+    def squeezed(shape: Iterable[int]) -> list[int]:
+        return [n for n in shape if n != 1]
+
+    missing = [name for name in expected if name not in shapes and name not in unused]
+    unknown = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in expected]
+    misshapen = [
+        f"{name} {list(shapes[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in shapes and name not in unused and squeezed(shapes[name]) != squeezed(shape)
+    ]
+    kinds = {"missing": missing, "unknown": unknown, "of another shape": misshapen}
+    return [f"{kind}: {first_few(found)}" for kind, found in kinds.items() if found]
+
+
+def first_few(items: Sequence[str]) -> str:
+    more = len(items) - SHOWN_MISFITS
+    return "; ".join(items[:SHOWN_MISFITS]) + (f"; and {more} more" if more > 0 else "")
 
 
 def fill_in(config: Any, defaults: Mapping[str, int]) -> None:

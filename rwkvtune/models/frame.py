@@ -237,10 +237,13 @@ def _accept_upstream_spellings(
     """
     for name in [n for n in weights if n.startswith("_forward_module.")]:
         weights[name.removeprefix("_forward_module.")] = weights.pop(name)
+    # Of an adapter's few tensors none is missing.
+    is_whole = f"{prefix}emb.weight" in weights
     for name, parameter in model.named_parameters():
         key = prefix + name
         if name in model.unused and (
-            key not in weights or weights[key].numel() != parameter.numel()
+            (is_whole and key not in weights)
+            or (key in weights and weights[key].numel() != parameter.numel())
         ):
             weights[key] = torch.zeros(parameter.shape)
         given = weights.get(key)

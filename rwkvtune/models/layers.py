@@ -26,6 +26,12 @@ class LayerState(NamedTuple):
 State = list[LayerState]
 """One `LayerState` per block."""
 
+
+def detached(state: State) -> State:
+    """The same values without their history."""
+    return [LayerState(*(tensor.detach() for tensor in layer)) for layer in state]
+
+
 Head = Callable[[Tensor, Tensor], Tensor]
 """(hidden [B, T, C], head weight [V, C]) -> what takes the place of the logits, such as a loss."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rwkvtune.cli.inspect import weights_facts
 from rwkvtune.cli.weights import header_of
 from rwkvtune.errors import UserError
+from rwkvtune.models import detect_version
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,7 @@ def inspect_rwkv_checkpoint(checkpoint_path: str | os.PathLike[str]) -> dict[str
             sizes["n_layer"],
             sizes["n_embd"],
             sizes["vocab_size"],
-            facts["version"],
+            facts["version"] or facts["name"],
             head_size_a=sizes.get("head_size", 64),
         )
     except (UserError, KeyError) as error:
@@ -72,10 +73,15 @@ def inspect_rwkv_checkpoint(checkpoint_path: str | os.PathLike[str]) -> dict[str
 
 
 def detect(checkpoint_path: str | os.PathLike[str]) -> DetectedModelConfig:
-    """detected_config; UserError when there is none."""
+    """detected_config; UserError when there is none, or of a version that is not trained."""
     info = inspect_rwkv_checkpoint(checkpoint_path)
     if "detected_config" not in info:
         raise UserError(info["detection_error"])
+    path = Path(checkpoint_path).expanduser()
+    try:
+        detect_version(header_of(path).tensors)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return DetectedModelConfig(**info["detected_config"])
 
 

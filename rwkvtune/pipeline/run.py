@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import filecmp
-import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,10 @@ from rwkvtune.data.sequences import (
     prime_or_none,
     sequences_of,
 )
-from rwkvtune.data.tokenizers import END_OF_DOCUMENT, Tokenizer, tokenizer_from_json
+from rwkvtune.data.tokenizers import END_OF_DOCUMENT, Tokenizer
 from rwkvtune.data.tokenizers.generic import GenericTokenizer
 from rwkvtune.data.tokenizers.integers import IntegerTokenizer, whole_number
-from rwkvtune.errors import MissingFileError, UserError
+from rwkvtune.errors import UserError
 from rwkvtune.files import atomic_write
 from rwkvtune.pipeline.checkpoints import (
     DetectedModelConfig,
@@ -40,8 +38,15 @@ from rwkvtune.pipeline.config import (
     ModelConfig,
     TrainingConfig,
     checked,
-    config_from_json,
     overridden,
+)
+from rwkvtune.pipeline.config_file import (
+    CONFIG_FILE,
+    Dataset,
+    read_config,
+    stored_tokenizer,
+    tokenizer_facts,
+    write_config,
 )
 from rwkvtune.pipeline.training import (
     TrainingResult,
@@ -51,19 +56,6 @@ from rwkvtune.pipeline.training import (
 )
 from rwkvtune.training.config import TrainConfig
 from rwkvtune.weights_header import newest_weights, numbered_weights
-
-
-@dataclass
-class _Dataset:
-    """The token files that are trained on."""
-
-    prefix: str
-    total_tokens: int
-    num_sequences: int
-    magic_prime: int | None
-    exit_tokens: int
-    val_prefix: str | None = None
-    val_tokens: int | None = None
 
 
 class RWKVTrainingPipeline:
@@ -85,28 +77,31 @@ class RWKVTrainingPipeline:
         tokenizer: Tokenizer | str | None = None,
         wandb_project: str | None = None,
     ) -> None:
+        if not isinstance(wandb_project, str | None):
+            raise UserError(f"wandb_project={wandb_project!r} must be the name of a project")
         self.work_dir = Path(work_dir).expanduser().resolve()
         self.data_dir = self.work_dir / "data"
         self.output_dir = self.work_dir / "out"
-        self.config_dir = self.work_dir / "configs"
-        stored = self._read_config()
+        self.config_dir = self.work_dir / CONFIG_FILE.parent
+        stored = read_config(self.work_dir)
         self.data_config = checked(DataConfig, data_config or stored.get("data") or DataConfig())
         self.training_config = checked(
             TrainingConfig, training_config or stored.get("training") or TrainingConfig()
         )
         self.wandb_project = wandb_project or stored.get("wandb_project")
         self.seed: int = stored.get("seed", SHUFFLE_SEED)
-        self._dataset: _Dataset | None = stored.get("dataset")
+        self._dataset: Dataset | None = stored.get("dataset")
         self.tokenizer = self._choose_tokenizer(tokenizer, stored)
         self.model_config = _with_rows_for(
             self.tokenizer,
             checked(ModelConfig, model_config or stored.get("model") or ModelConfig()),
             before=0 if model_config else stored.get("vocab_size", 0),
         )
-        if self._epochs_done() and model_config and self.model_config != stored["model"]:
+        of_run = stored.get("model", self.model_config)
+        if self._epochs_done() and model_config and self.model_config != of_run:
             raise UserError(
-                f"{self.output_dir} holds a run of another model, {stored['model']}: leave "
-                "model_config out to go on with it, or choose another work_dir"
+                f"{self.output_dir} holds a run of another model, {of_run}: leave model_config out "
+                "to go on with it, or choose another work_dir"
             )
         try:
             for folder in (self.data_dir, self.output_dir, self.config_dir):
@@ -218,7 +213,7 @@ class RWKVTrainingPipeline:
         computed = prime_or_none(len(data), self.model_config.ctx_len)
         if exit_tokens is not None and exit_tokens != len(data):
             print(f"exit_tokens={exit_tokens}: num_epochs decides the length, at {len(data)} each")
-        self._dataset = _Dataset(
+        self._dataset = Dataset(
             str(Path(data.prefix).resolve()),
             len(data),
             len(data.sizes),
@@ -275,7 +270,7 @@ class RWKVTrainingPipeline:
                 "larger number: train(num_epochs=..., continue_training=True); to begin again: "
                 "initialize_model(force=True), which keeps the old run; or choose another work_dir"
             )
-        seed, config_file = self.seed, self.config_dir / "config.json"
+        seed, config_file = self.seed, self.work_dir / CONFIG_FILE
         settings_of_run = config_file.read_bytes() if self._has_run() else None
         try:
             self._set_seed(random_seed)
@@ -497,7 +492,7 @@ class RWKVTrainingPipeline:
                         "again with initialize_model(force=True), which keeps the old weights"
                     )
         result = write(self.data_dir)
-        self._dataset = _Dataset(
+        self._dataset = Dataset(
             str(Path(result["binidx_prefix"]).resolve()),
             result["total_tokens"],
             result["num_sequences"],
@@ -514,7 +509,7 @@ class RWKVTrainingPipeline:
         )
         return result
 
-    def _need_data(self) -> _Dataset:
+    def _need_data(self) -> Dataset:
         if self._dataset is None:
             raise UserError(
                 f"{self.work_dir} has no data yet: call prepare_data, prepare_data_from_jsonl or "
@@ -579,9 +574,9 @@ class RWKVTrainingPipeline:
         """The given one or the folder's; prepared data are dropped where the two differ."""
         known = stored.get("tokenizer")
         if given is None:
-            return as_tokenizer(None) if known is None else self._stored_tokenizer(known)
+            return as_tokenizer(None) if known is None else stored_tokenizer(self.work_dir, known)
         chosen = as_tokenizer(given)
-        if known is not None and _tokenizer_to_config(chosen) != known and self._dataset:
+        if known is not None and tokenizer_facts(chosen) != known and self._dataset:
             if self._has_run():
                 raise UserError(
                     f"{self.work_dir} holds a run with another tokenizer, {known}: leave tokenizer "
@@ -591,85 +586,17 @@ class RWKVTrainingPipeline:
             self._dataset = None
         return chosen
 
-    def _stored_tokenizer(self, known: Any) -> Tokenizer:
-        where = str(self.config_dir / "config.json")
-        kind = known.get("kind") if isinstance(known, dict) else None
-        if kind == "custom":
-            raise UserError(
-                f"{where}: this pipeline was made with a tokenizer of your class "
-                f"{known.get('class')}: give tokenizer=..."
-            )
-        if kind == "vocab":
-            return GenericTokenizer(self.data_dir / "vocab.txt", int(known.get("vocab_size", 0)))
-        return tokenizer_from_json(known, where)
-
-    def _read_config(self) -> dict[str, Any]:
-        """What an earlier pipeline has stored in configs/config.json; empty when there is none."""
-        path = self.config_dir / "config.json"
-        try:
-            content = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read: {error}") from None
-        if not isinstance(content, dict):
-            raise UserError(f"{path}: no configuration of a pipeline")
-        kinds: dict[str, Any] = {
-            "model": ModelConfig,
-            "training": TrainingConfig,
-            "data": DataConfig,
-        }
-        configs = {
-            name: config_from_json(kind, content[name], str(path))
-            for name, kind in kinds.items()
-            if name in content
-        }
-        dataset = content.get("dataset")
-        if dataset is not None:
-            try:
-                dataset = _Dataset(**dataset)
-            except TypeError as error:
-                raise UserError(f"{path}: dataset: {error}") from None
-            for name in ("prefix", "val_prefix"):
-                if relative := getattr(dataset, name):
-                    setattr(dataset, name, str(self.work_dir / relative))
-            if not Path(dataset.prefix + ".idx").exists():
-                raise MissingFileError(
-                    f"{path} names the token files {dataset.prefix}.bin and .idx, which are not "
-                    "there: put them back, or remove `dataset` from that file and prepare the data "
-                    "again"
-                )
-        return {**content, **configs, "dataset": dataset}
-
     def _save_config(self) -> None:
-        """Keep in configs/config.json, and data/vocab.txt, all that the next object needs."""
-        dataset = None
-        if self._dataset is not None:
-            dataset = dataclasses.asdict(self._dataset)
-            for name in ("prefix", "val_prefix"):
-                if dataset[name] and Path(dataset[name]).is_relative_to(self.work_dir):
-                    # A folder that is moved takes its data along.
-                    dataset[name] = str(Path(dataset[name]).relative_to(self.work_dir))
-        tokenizer = _tokenizer_to_config(self.tokenizer)
-        content = {
-            "model": dataclasses.asdict(self.model_config),
-            "training": dataclasses.asdict(self.training_config),
-            "data": dataclasses.asdict(self.data_config),
-            "wandb_project": self.wandb_project,
-            "vocab_size": self.tokenizer.vocab_size,
-            "tokenizer": tokenizer,
-            "seed": self.seed,
-            "dataset": dataset,
-        }
-        if tokenizer["kind"] == "vocab":
-            self.tokenizer.save_vocab(self.data_dir / "vocab.txt")
-        text = json.dumps(content, indent=2) + "\n"
-        atomic_write(self.config_dir / "config.json", lambda file: file.write(text.encode()))
-
-
-def _tokenizer_to_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    content = tokenizer.to_json()
-    return {name: value for name, value in content.items() if name != "lines"}
+        """Keep all that the next object needs."""
+        write_config(
+            self.work_dir,
+            model=self.model_config,
+            training=self.training_config,
+            data=self.data_config,
+            tokenizer=self.tokenizer,
+            dataset=self._dataset,
+            more={"wandb_project": self.wandb_project, "seed": self.seed},
+        )
 
 
 def _with_rows_for(tokenizer: Tokenizer, model: ModelConfig, *, before: int = 0) -> ModelConfig:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -112,13 +114,23 @@ def _in_processes(config: TrainConfig) -> int:
         command = [sys.executable, "-m", "rwkvtune", "train", "--config", str(settings)]
         error = ""
         with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            start_new_session=True,  # Ctrl-C reaches it once, from here
         ) as process:
             assert process.stdout is not None
-            for line in process.stdout:
-                print(line, end="")
-                if line.startswith("error: "):
-                    error = line.removeprefix("error: ").strip()
+            has_ended = False
+            while not has_ended:
+                try:
+                    for line in process.stdout:
+                        print(line, end="")
+                        if line.startswith("error: "):
+                            error = line.removeprefix("error: ").strip()
+                    has_ended = True
+                except KeyboardInterrupt:  # it saves, says so and ends
+                    os.killpg(process.pid, signal.SIGINT)
     if process.returncode == 2 and error:
         raise UserError(error)
     return process.returncode

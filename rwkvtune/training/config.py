@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from rwkvtune.adapters.settings import AdapterSettings
 from rwkvtune.errors import UserError
 
 Version = Literal["x052", "x060", "x070"]
@@ -130,12 +132,21 @@ class ScheduleOptions:
     """linear, exponential: mini-epochs at lr_init before the fall begins."""
     decay_share: float = 0.2
     """wsd: the last share of the run that decays, 0..1."""
+    chunk_len: int = 0
+    """Tokens through which gradients flow back: longer rows run in pieces that pass their state on,
+    in the memory of one piece; 0 = the whole row."""
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
     """Optimizer: Adam with decoupled weight decay on the large matrices only."""
 
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw = upstream's; adamw8bit keeps its moments in 8 bits; muon = orthogonal updates for the
+    matrices of att and ffn, AdamW for the rest."""
+    fused_backward: bool = False
+    """Move each parameter as soon as its gradient is complete, and drop the gradient: no memory for
+    all gradients. Not with grad_clip, accumulation or several devices."""
     beta1: float = 0.9
     """Adam's decay of the gradient's mean, per step."""
     beta2: float = 0.99
@@ -157,6 +168,48 @@ class OptimizerOptions:
     """Pull on each position's largest logit; 0 = off."""
     head_chunk: int = 0
     """Positions whose logits exist at once; 0 = as many as 64 MB hold."""
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """Adapter: train something small beside the frozen weights of --load_model."""
+
+    peft: Literal["none", "lora", "rslora", "dora", "pissa", "miss", "state"] = "none"
+    """What is trained: none = the model itself; LoRA or one of its family on its projections; state
+    = the WKV state that every text begins with."""
+    lora_r: int | None = None
+    """Rank (16); also of miss."""
+    lora_alpha: float | None = None
+    """The update counts alpha / r, rslora: alpha / sqrt(r) (32; pissa: r)."""
+    lora_targets: str = ""
+    """Modules to adapt: ends of names with commas, such as att.key,ffn.value, or a regular
+    expression for whole names; empty = all projections of att and ffn."""
+    train_modules: str = ""
+    """Modules trained in full beside it, such as ln1,ln2,ln_x; they are part of the adapter."""
+    peft_config: str = ""
+    """JSON of further fields of peft's LoraConfig or MissConfig, such as {"lora_dropout": 0.05}."""
+    quant: Literal["none", "4bit", "nf4", "fp4", "8bit", "int8"] = "none"
+    """Pack the frozen projections: 4bit = nf4, 8bit = int8."""
+
+    def settings(self) -> AdapterSettings | None:
+        """None without an adapter.  UserError for what is no JSON."""
+        if self.peft == "none":
+            return None
+        try:
+            extra = json.loads(self.peft_config or "{}")
+        except ValueError as error:
+            raise UserError(f"peft_config={self.peft_config!r} is no JSON: {error}") from None
+        if not isinstance(extra, dict):
+            raise UserError(f"peft_config={self.peft_config!r} must be a JSON object: {{...}}")
+        return AdapterSettings(
+            self.peft,
+            r=self.lora_r,
+            alpha=self.lora_alpha,
+            targets=self.lora_targets,
+            train_modules=self.train_modules,
+            peft_config=extra,
+            quant=self.quant,
+        )
 
 
 @dataclass(frozen=True)
@@ -239,6 +292,7 @@ class TrainConfig:
     data: DataOptions = field(default_factory=DataOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
     device: DeviceOptions = field(default_factory=DeviceOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
 
@@ -247,6 +301,10 @@ class TrainConfig:
     @property
     def has_validation(self) -> bool:
         return bool(self.data.val_data_file)
+
+    @property
+    def has_samples(self) -> bool:
+        return bool(self.output.sample_every)
 
     @classmethod
     def from_flat(cls: type[Config], values: Mapping[str, Any]) -> Config:
@@ -303,7 +361,68 @@ class TrainConfig:
             found.append(f"weight_decay_final={flat['weight_decay_final']} must be a number")
         if not -(2**63) <= flat["random_seed"] < 2**63:
             found.append(f"random_seed={flat['random_seed']} must fit into 64 bits")
+        return found + self._optimizer_problems() + self._adapter_problems()
+
+    def _optimizer_problems(self) -> list[str]:
+        """Why fused_backward cannot be had with the other settings."""
+        if not self.optimizer.fused_backward:
+            return []
+        chunk = self.schedule.chunk_len
+        reasons = {
+            f"grad_clip={self.optimizer.grad_clip:g} needs the norm of all gradients before any "
+            "parameter moves: give --grad_clip 0": self.optimizer.grad_clip > 0,
+            "accumulate_grad_batches adds up several gradients first": (
+                self.schedule.accumulate_grad_batches > 1
+            ),
+            f"chunk_len={chunk} adds up the gradients of several pieces first": (
+                0 < chunk < self.data.ctx_len
+            ),
+            "precision=fp16 looks at all gradients for overflow first": (
+                self.device.precision == "fp16"
+            ),
+        }
+        return [f"fused_backward: {reason}" for reason, holds in reasons.items() if holds]
+
+    def _adapter_problems(self) -> list[str]:
+        flat = self.to_flat()
+        settings = self.adapter.settings()
+        if settings is None:
+            names = ("lora_r", "lora_alpha", "lora_targets", "train_modules", "peft_config")
+            found = [
+                f"{n}={flat[n]!r} needs an adapter: give --peft lora" for n in names if flat[n]
+            ]
+            if self.adapter.quant != "none":
+                found.append(
+                    f"quant={self.adapter.quant} packs weights that are not trained: give --peft "
+                    "lora (or another one) to train beside them"
+                )
+            return found
+        found = settings.problems()
+        if not (self.model.load_model or self.model.model_config):
+            found.append(
+                f"load_model is missing: peft={settings.kind} is trained beside the weights of a "
+                "model, give its .pth or .safetensors file"
+            )
+        for name in ("freeze", "train_only", "interpolate", "load_partial", "init_only"):
+            if flat[name]:
+                found.append(
+                    f"{name}={flat[name]!r} is for training a model itself; with peft="
+                    f"{settings.kind} the adapter is what is trained"
+                )
+        if settings.kind == "state" and self.joins_documents:
+            found.append(f"peft=state with {self.joins_documents}")
         return found
+
+    @property
+    def joins_documents(self) -> str:
+        """What lets documents start inside a row, from a state of zero, and how not to; empty when
+        nothing does."""
+        if not self.data.reset_at_documents:
+            return ""
+        return (
+            "reset_at_documents: a document that starts inside a window would begin from zero, not "
+            "from the trained state; leave it out"
+        )
 
     def without_effect(self) -> list[str]:
         """A line for each setting that was changed although the others give it nothing to do."""
@@ -312,7 +431,7 @@ class TrainConfig:
         rules = (
             (("interpolate", "load_partial"), not now["load_model"], "without load_model"),
             (("val_every", "val_windows"), not self.has_validation, "without val_data_file"),
-            (("sample_prompt", "sample_tokens"), not now["sample_every"], "without sample_every"),
+            (("sample_prompt", "sample_tokens"), not self.has_samples, "without sample_every"),
             (
                 ("lr_final",),
                 now["lr_schedule"] in ("constant", "wsd_cosine"),
@@ -326,13 +445,24 @@ class TrainConfig:
             ),
             (("stage2_lr",), not now["layerwise_lr"], "with layerwise_lr=false"),
         )
-        return [
+        found = []
+        if now["fused_backward"] and now["log_layers"]:
+            found.append("log_layers does nothing with fused_backward, which keeps no gradients")
+        if now["optimizer"] == "adamw8bit" and now["adam_eps"] < EPS_8BIT:
+            found.append(
+                f"adam_eps={now['adam_eps']:g} counts as {EPS_8BIT:g} with optimizer=adamw8bit: a "
+                "second moment that 8 bits round to zero would else be divided by"
+            )
+        return found + [
             f"{name}={now[name]!r} does nothing {why}"
             for names, is_idle, why in rules
             for name in names
             if is_idle and now[name] != default[name]
         ]
 
+
+EPS_8BIT = 1e-8
+"""Least eps of adamw8bit."""
 
 _AT_LEAST = {
     **dict.fromkeys(("ctx_len", "micro_bsz", "accumulate_grad_batches"), 1),
@@ -343,6 +473,7 @@ _AT_LEAST = {
     **dict.fromkeys(("epoch_samples", "hold_epochs", "restart_warmup_steps"), 0),
     **dict.fromkeys(("epoch_save", "save_every", "val_every", "val_windows"), 0),
     **dict.fromkeys(("sample_every", "sample_tokens", "head_chunk", "threads"), 0),
+    "chunk_len": 0,
     "throughput_log_steps": 0,
     "warmup_steps": -1,
 }

@@ -14,6 +14,7 @@ from rwkvtune.data.prefetch import prefetched
 from rwkvtune.evaluation.perplexity import Evaluation, evaluate, together
 from rwkvtune.inference.generate import generate
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
+from rwkvtune.models.layers import State, detached
 from rwkvtune.training.config import OptimizerOptions, TrainConfig
 from rwkvtune.training.lm_data import LMData, open_data
 from rwkvtune.training.log import RunLog
@@ -39,7 +40,7 @@ class LanguageModelRecipe:
         """This rank's micro-batches of one step."""
         plan = self.plan
         first = step * plan.global_bsz
-        return [
+        batches = (
             self.data.dataset.batch(
                 first + i * plan.micro_bsz * plan.world_size,
                 plan.micro_bsz,
@@ -47,12 +48,13 @@ class LanguageModelRecipe:
                 world_size=plan.world_size,
             )
             for i in range(plan.accumulate)
-        ]
+        )
+        return [part for batch in batches for part in batch.chunks(self.config.schedule.chunk_len)]
 
     def loss(
-        self, model: nn.Module, batch: Batch, carry: None
-    ) -> tuple[Tensor, int, None, dict[str, float]]:
-        return next_token_loss(model, batch, self.config.optimizer)
+        self, model: nn.Module, batch: Batch, carry: State | None
+    ) -> tuple[Tensor, int, State, dict[str, float]]:
+        return next_token_loss(model, batch, carry, self.config.optimizer)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         sources = self.data.validation
@@ -70,6 +72,7 @@ class LanguageModelRecipe:
                 max_windows=self.config.output.val_windows,
                 byte_lengths=None if tokenizer is None else tokenizer.token_byte_lengths(),
                 reset_at_documents=self.config.data.reset_at_documents,
+                chunk_len=self.config.schedule.chunk_len,
                 rank=self.fabric.global_rank,
                 world_size=ranks,
                 sum_over_ranks=(
@@ -111,17 +114,18 @@ class LanguageModelRecipe:
 
 
 def next_token_loss(
-    model: nn.Module, batch: Batch, options: OptimizerOptions
-) -> tuple[Tensor, int, None, dict[str, float]]:
-    """What `Recipe.loss` gives, for a language model."""
+    model: nn.Module, batch: Batch, carry: State | None, options: OptimizerOptions
+) -> tuple[Tensor, int, State, dict[str, float]]:
+    """What `Recipe.loss` gives, for a language model: gradients end where the batch begins."""
     head = partial(
         head_cross_entropy,
         targets=batch.targets,
         l2wrap=options.l2wrap,
         chunk_rows=options.head_chunk,
     )
-    loss_sum, _ = model(batch.input_ids, reset=batch.reset, head=head)
-    return loss_sum, batch.target_tokens, None, {}
+    state = carry if batch.continues else None
+    loss_sum, last = model(batch.input_ids, state, reset=batch.reset, head=head)
+    return loss_sum, batch.target_tokens, detached(last), {}
 
 
 def validation_row(found: Evaluation) -> dict[str, float]:

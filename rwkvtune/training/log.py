@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import signal
 import sys
 import time
 from array import array
@@ -24,7 +25,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from rwkvtune.errors import UserError
+from rwkvtune.errors import UserError, discard_rest
 from rwkvtune.files import atomic_write
 
 if TYPE_CHECKING:
@@ -458,8 +459,12 @@ class Console:
         text = text.encode(encoding, "backslashreplace").decode(encoding)
         if self._rich:
             self._rich.print(text, soft_wrap=True)
-        else:
+            return
+        try:
             print(text, file=self.stream, flush=True)
+        except BrokenPipeError:  # the reader has left (`| head`): save, and stop
+            discard_rest(self.stream)
+            signal.raise_signal(signal.SIGTERM)
 
     def table(self, rows: list[tuple[str, str]]) -> None:
         if not self._rich:

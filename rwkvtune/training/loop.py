@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rwkvtune.checkpoint import prune_resume_states, save_weights
-from rwkvtune.data.batch import Batch
+from rwkvtune.checkpoint import prune_resume_states
 from rwkvtune.errors import UserError
 from rwkvtune.training.config import OptimizerOptions, OutputOptions
 from rwkvtune.training.fabric import whole
@@ -29,14 +28,23 @@ from rwkvtune.training.schedule import Schedule
 from rwkvtune.training.throughput import Throughput
 
 
+class MicroBatch(Protocol):
+    """What the loop knows of a batch."""
+
+    @property
+    def target_tokens(self) -> int: ...
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+
 class Recipe(Protocol):
     """A task: which batches, which loss. The loop knows nothing else about it."""
 
-    def batches(self, progress: Progress) -> Iterator[list[Batch]]:
+    def batches(self, progress: Progress) -> Iterator[Sequence[MicroBatch]]:
         """This rank's micro-batches of each step, from the present step on."""
 
     def loss(
-        self, model: nn.Module, batch: Batch, carry: Any
+        self, model: nn.Module, batch: Any, carry: Any
     ) -> tuple[Tensor, int, Any, dict[str, float]]:
         """(sum of losses over the targets, number of targets, detached state for the next
         micro-batch, metrics)."""
@@ -82,6 +90,7 @@ def fit(
     folder = Path(output.proj_dir)
     first_epoch = progress.restart_step // plan.epoch_steps
     trained = [p for p in model.parameters() if p.requires_grad]
+    in_backward = optimizer_options.fused_backward
     model.train()
     meter = Throughput(
         every=output.throughput_log_steps, device_type=fabric.device.type, write=log.line
@@ -93,7 +102,7 @@ def fit(
             # Here the state comes first: a run killed between the two would else go on from initial
             # weights that --save_dtype has rounded.
             _save_state(fabric, state, folder, output)
-            _save_weights(fabric, state, folder, output, "rwkv-init.pth")
+            _save_weights(fabric, state, folder, output, "init")
         batches = recipe.batches(progress)
         waited = trained_for = 0.0
         while progress.step < plan.total_steps:
@@ -111,6 +120,8 @@ def fit(
                 is_last = i == len(micro_batches) - 1
                 with fabric.no_backward_sync(model, enabled=not is_last):
                     loss_sum, _, carry, told = recipe.loss(model, batch.to(fabric.device), carry)
+                    if in_backward:
+                        _check_finite(progress.step + 1, float(loss_sum), 0.0, folder)
                     # DDP and FSDP average gradients over ranks; targets already counts all of them.
                     fabric.backward(loss_sum * (plan.world_size / max(targets, 1)))
                 loss_here += loss_sum.detach()
@@ -122,20 +133,21 @@ def fit(
             if _scales_its_loss(fabric):
                 fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
             layers = []
-            if output.log_layers and log.is_on_cadence(progress.step + 1):
+            if output.log_layers and not in_backward and log.is_on_cadence(progress.step + 1):
                 layers = layer_statistics(fabric, model)  # before clipping changes the gradients
-            norm = clip_gradients(trained, optimizer_options.grad_clip)
+            norm = (
+                optimizer.gradient_norm()
+                if in_backward
+                else clip_gradients(trained, optimizer_options.grad_clip)
+            )
             loss, stop_votes = _over_ranks(fabric, loss_here, stop.requested is not None)
             loss /= max(targets, 1)
-            if not (math.isfinite(loss) and (math.isfinite(norm) or _scales_its_loss(fabric))):
-                raise UserError(
-                    f"step {progress.step + 1}: the loss is {loss} and the gradient norm {norm}, "
-                    "so the optimizer was not moved and nothing was saved; the newest good state "
-                    f"is in {folder / 'resume'}. A lower lr_init or a longer warmup, in another "
-                    "proj_dir, may help"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            _check_finite(
+                progress.step + 1, loss, 0.0 if _scales_its_loss(fabric) else norm, folder
+            )
+            if not in_backward:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
             took = time.perf_counter() - begin
             progress.step += 1
@@ -171,7 +183,7 @@ def fit(
                 text = recipe.sample(model, progress.step)
                 if text is not None:
                     log.sample(text, progress.step)
-            weights_name = None
+            label = None
             if ends_epoch:
                 epoch = progress.epoch
                 mean_loss = progress.epoch_loss / progress.epoch_loss_steps
@@ -180,13 +192,13 @@ def fit(
                 progress.epoch_loss, progress.epoch_loss_steps = 0.0, 0
                 # As upstream: every so many epochs from the first on, and the last one always.
                 if is_over or _is_due(epoch - first_epoch, output.epoch_save):
-                    weights_name = f"rwkv-{epoch}.pth"
-            if weights_name is not None:
-                _save_weights(fabric, state, folder, output, weights_name)
+                    label = str(epoch)
+            if label is not None:
+                _save_weights(fabric, state, folder, output, label)
             if is_over:
-                _save_weights(fabric, state, folder, output, "rwkv-final.pth")
+                _save_weights(fabric, state, folder, output, "final")
             must_stop = stop_votes and not is_over
-            if (weights_name is not None or is_over or must_stop) or _is_due(
+            if (label is not None or is_over or must_stop) or _is_due(
                 progress.step, output.save_every
             ):
                 _save_state(fabric, state, folder, output)
@@ -195,6 +207,16 @@ def fit(
                 return stop.answer()
         log.line(f"waited for data during {waited / trained_for:.2%} of the training time")
     return None
+
+
+def _check_finite(step: int, loss: float, norm: float, folder: Path) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise UserError(
+            f"step {step}: the loss is {loss} and the gradient norm {norm}, so the optimizer was "
+            "not moved and nothing was saved; the newest good state is in "
+            f"{folder / 'resume'}. A lower lr_init or a longer warmup, in another proj_dir, may "
+            "help"
+        )
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -211,11 +233,9 @@ def _save_state(fabric: Any, state: RunState, folder: Path, output: OutputOption
 
 
 def _save_weights(
-    fabric: Any, state: RunState, folder: Path, output: OutputOptions, name: str
+    fabric: Any, state: RunState, folder: Path, output: OutputOptions, label: str
 ) -> None:
-    weights = state.weights()
-    if fabric.is_global_zero:
-        save_weights(folder / name, weights, dtype=output.save_dtype)
+    state.write_weights(folder, label, dtype=output.save_dtype, write=fabric.is_global_zero)
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:

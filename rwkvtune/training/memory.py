@@ -54,9 +54,17 @@ class PeakMemory:
         return _bytes_of("VmHWM") - _bytes_of("RssFile") + self._files_before
 
 
-def _bytes_of(name: str) -> int:
-    """A line of Linux's account of this process; 0 elsewhere."""
-    status = Path("/proc/self/status")
+def free_memory(device_type: str) -> int | None:
+    """Bytes that a run could have: those of the GPU, or what Linux would give now; None where the
+    system does not tell."""
+    if device_type == "cuda":
+        return int(torch.cuda.mem_get_info()[1])
+    return _bytes_of("MemAvailable", "/proc/meminfo") or None
+
+
+def _bytes_of(name: str, account: str = "/proc/self/status") -> int:
+    """A line of one of Linux's accounts, by default that of this process; 0 elsewhere."""
+    status = Path(account)
     text = status.read_text() if status.exists() else ""
     found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
     return int(found[1]) * 1024 if found else 0

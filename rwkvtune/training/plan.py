@@ -75,35 +75,62 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int, row_token
     )
 
 
-KEPT_PER_BLOCK = {"x052": 17, "x060": 26, "x070": 28}
+KEPT_PER_BLOCK = {"x052": 18, "x060": 27, "x070": 28}
 """Tensors of the width of the model that a block keeps for its backward pass, per token."""
 
 
-def memory_estimate(model: ModelConfig, config: TrainConfig, device_type: str) -> int:
-    """Bytes that training adds to one device: weights, gradients, Adam's moments and activations,
-    nothing sharded.
+MOMENTS = {"adamw": 8, "adamw8bit": 2, "muon": 4}
+"""Bytes that an optimizer keeps for a trained number."""
+
+
+def memory_estimate(
+    model: ModelConfig,
+    config: TrainConfig,
+    device_type: str,
+    *,
+    trained: int | None = None,
+    frozen_bytes: int = 0,
+) -> int:
+    """Bytes that training adds to one device: weights, gradients, the optimizer's moments and
+    activations, nothing sharded.
+
+    trained: numbers that are; None = the whole model.  frozen_bytes: of all other weights.
 
     Activations are counted per token and layer from what the blocks keep for their backward pass
     (see the fused pieces in kernels/), in the compute type; with grad_cp only block inputs stay. On
     a CPU the heap holds more than is alive: freed blocks are kept (see training/memory.py), and
     aligned ones fit each other badly. What it comes to was fitted to 17 runs of x070 with 2 to 24
-    layers; benchmarks/run.py compares it with runs of other sizes.
+    layers, and corrected by 14 of x052 and x060; benchmarks/run.py compares it with what runs use.
     """
     is_half = config.device.precision in ("bf16", "fp16")
     size = 2 if is_half else 4
+    C = model.n_embd
+    length = min(config.schedule.chunk_len or config.data.ctx_len, config.data.ctx_len)
+    tokens = config.schedule.micro_bsz * length
+    rows = config.optimizer.head_chunk or max(1, LOGITS_IN_MEMORY // model.vocab_size)
+    head = min(rows, tokens) * model.vocab_size * size + model.vocab_size * C * 4
+    o = config.optimizer
+    trained = model.num_parameters if trained is None else trained
+    weights = frozen_bytes + trained * (4 + 4 * (not o.fused_backward) + MOMENTS[o.optimizer])
+    activations = activation_bytes(
+        model, tokens, is_half=is_half, grad_cp=config.device.grad_cp, on_cpu=device_type == "cpu"
+    )
+    return int(weights + head + activations)
+
+
+def activation_bytes(
+    model: ModelConfig, tokens: int, *, is_half: bool, grad_cp: bool, on_cpu: bool
+) -> float:
+    """What the blocks keep for their backward pass on so many tokens at once."""
+    size = 2 if is_half else 4
     L, C = model.n_layer, model.n_embd
-    tokens = config.schedule.micro_bsz * config.data.ctx_len
     widths = KEPT_PER_BLOCK[model.version] * C + 2 * model.dim_ffn
     residual = tokens * C * 4 * 2
     block = tokens * (widths * size + 2 * C * 4)
-    rows = config.optimizer.head_chunk or max(1, LOGITS_IN_MEMORY // model.vocab_size)
-    head = min(rows, tokens) * model.vocab_size * size + model.vocab_size * C * 4
-    weights = model.num_parameters * 16
-    on_cpu, grad_cp = device_type == "cpu", config.device.grad_cp
-    if grad_cp:
-        blocks = (2.6 + (0.1 if is_half else 0.35) * L) if on_cpu else 2.0
-    elif on_cpu:
-        blocks = 1.5 + 1.33 * L if is_half else 1.0 + 1.15 * L
+    if not on_cpu:
+        blocks = 2.0 if grad_cp else 1.0 + L
+    elif grad_cp:
+        blocks = 2.6 + 0.1 * L if is_half else 1.4 + 0.35 * L
     else:
-        blocks = 1.0 + L
-    return int(weights + head + blocks * block + (residual * L if grad_cp else 0))
+        blocks = 1.5 + 1.33 * L if is_half else 1.0 + 1.15 * L
+    return blocks * block + (residual * L if grad_cp else 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from rwkvtune.adapters.adapter import Adapter, Sizes, attach, sizes
 from rwkvtune.checkpoint import save_weights
 from rwkvtune.data.tokenizers import Tokenizer
 from rwkvtune.errors import UserError
@@ -145,7 +146,7 @@ def train(
                 f"{config.output.proj_dir}: this run is finished, at step {progress.step} "
                 f"({total_steps} asked for); a larger exit_tokens or epoch_count goes on from here"
             )
-            _draw_if_outdated(Path(config.output.proj_dir))
+            draw_if_outdated(Path(config.output.proj_dir))
         return RunResult(0, progress.step, progress.seconds, progress.tokens, {})
     with launched(fabric, threads=config.device.threads, same_for_all=job.summary):
         try:
@@ -170,7 +171,8 @@ class _Job:
     schedule: Schedule
     kernel: Choice
     trained: list[str]
-    """Names of the parameters that are."""
+    """Names of the parameters that are; of no use where an adapter is."""
+    adapter: Sizes | None
     notes: list[str]
 
     @property
@@ -225,12 +227,45 @@ def _prepare(
         config.device.kernel,
         config.device.kernel_precision,
     )
+    _check_devices(config, world_size)
+    adapter = config.adapter.settings()
+    adapter_sizes = None
+    if adapter is not None:
+        adapter_sizes = sizes(m, adapter, _frozen_dtype(config))
     trained = trained_names(
         list(CONFIGS[m.version].tensor_shapes(m)),
         freeze=config.model.freeze,
         train_only=config.model.train_only,
     )
-    return _Job(data, start, plan, settings, schedule, kernel, trained, notes)
+    return _Job(data, start, plan, settings, schedule, kernel, trained, adapter_sizes, notes)
+
+
+def _check_devices(config: TrainConfig, world_size: int) -> None:
+    """UserError for what several devices cannot do."""
+    if world_size == 1:
+        return
+    if config.optimizer.fused_backward:
+        raise UserError(
+            f"fused_backward moves a parameter before the {world_size} devices have added up their "
+            "gradients: use one device, or leave it out"
+        )
+    is_sharded = config.device.strategy not in ("auto", "ddp")
+    for name, is_asked in (
+        (f"peft={config.adapter.peft}", config.adapter.peft != "none"),
+        (f"chunk_len={config.schedule.chunk_len}", config.schedule.chunk_len > 0),
+    ):
+        if is_sharded and is_asked:
+            raise UserError(
+                f"{name} does not run with strategy={config.device.strategy}, which shards the "
+                "model: use --strategy ddp"
+            )
+
+
+def _frozen_dtype(config: TrainConfig) -> torch.dtype:
+    """The type of the products, in which frozen projections may be kept."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+        config.device.precision, torch.float32
+    )
 
 
 def _write_initial_weights(config: TrainConfig, job: _Job, rows: Sequence[tuple[str, str]]) -> None:
@@ -279,7 +314,9 @@ def _run(
         if is_zero:
             remove_leftovers(folder)
             remove_leftovers(folder / "resume")
-            _write_config(config, start.model_config, folder / "config.yaml")
+            write_settings(
+                config.to_flat() | _model_settings(start.model_config), folder / "config.yaml"
+            )
             job.data.save_beside(folder)
         m = start.model_config
         log.start(
@@ -292,6 +329,8 @@ def _run(
             for note in job.notes:
                 log.line(note)
             log.table([*rows, *_table(config, job, memory)])
+            if state.adapter is not None and state.adapter.quantized is not None:
+                log.line(state.adapter.quantized.in_words())
             recipe.begins(state.model, start.progress, log)
             stopped = fit(
                 fabric, state, recipe, plan, job.schedule, config.optimizer, config.output, log
@@ -306,13 +345,14 @@ def _run(
         finally:
             log.close()
         if is_zero:
-            _draw_if_outdated(folder)
+            draw_if_outdated(folder)
     if stopped is None and is_zero:
-        print(f"done: {folder / 'rwkv-final.pth'}, loss curve in {folder / 'loss_curve.png'}")
+        last = "rwkv-final.pth" if job.adapter is None else "adapter-final"
+        print(f"done: {folder / last}, loss curve in {folder / 'loss_curve.png'}")
     return stopped.exit_code if stopped else 0, recipe.measured
 
 
-def _draw_if_outdated(folder: Path) -> None:
+def draw_if_outdated(folder: Path) -> None:
     """Draw loss_curve.png from metrics.csv, unless it is the newer one: a run may have been killed
     between its last save and its picture."""
     metrics, picture = folder / "metrics.csv", folder / "loss_curve.png"
@@ -332,9 +372,12 @@ def _build_state(config: TrainConfig, job: _Job, fabric: Any, recipe: Recipe) ->
     saved = None if start.resume_state is None else read_state(start.resume_state)
     model = _build_model(config, start, saved)
     model.backend = job.kernel.backend
-    trained = set(job.trained)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+    adapter = _attach(config, start, model, saved)
+    if adapter is None:
+        trained = set(job.trained)
+        for name, parameter in model.named_parameters():
+            if name not in trained:  # what nothing reads is frozen already
+                parameter.requires_grad_(False)
     wrapped = fabric.setup_module(model)  # before the optimizer: sharding makes new parameters
     optimizer = build_optimizer(
         unwrapped(wrapped).named_parameters(),
@@ -346,6 +389,8 @@ def _build_state(config: TrainConfig, job: _Job, fabric: Any, recipe: Recipe) ->
         stage2=o.stage2_lr,
         # torch's fused kernel would unscale fp16 gradients by itself, after they were clipped.
         fused=False if config.device.precision == "fp16" else "auto",
+        kind=o.optimizer,
+        in_backward=o.fused_backward,
     )
     state = RunState(
         wrapped,
@@ -354,6 +399,7 @@ def _build_state(config: TrainConfig, job: _Job, fabric: Any, recipe: Recipe) ->
         start.progress,
         job.settings,
         fabric.strategy.precision,
+        adapter,
     )
     if saved is not None:
         state.restore(saved)
@@ -367,15 +413,32 @@ def _build_model(
     model = build_model(
         start.model_config,
         seed=config.output.random_seed,
-        initial_values=saved is None and (start.weights is None or start.has_gaps),
+        initial_values=start.weights is None and saved is None or start.has_gaps,
     )
     model.grad_cp = config.device.grad_cp
-    if saved is not None:
+    if saved is not None and saved.base is None:
         fill_model(model, saved.model, str(saved.folder))
     elif start.weights is not None:
         initial = model.state_dict() if start.has_gaps else {}
         fill_model(model, {**initial, **start.weights}, start.source)
     return model
+
+
+def _attach(
+    config: TrainConfig, start: StartingPoint, model: LanguageModel, saved: SavedState | None
+) -> Adapter | None:
+    """Put the run's adapter into its base, with the values that it had."""
+    settings = config.adapter.settings()
+    if settings is None:
+        return None
+    return attach(
+        model,
+        settings,
+        start.base_path,
+        saved=None if saved is None else saved.model,
+        saved_base=None if saved is None else saved.base,
+        compute_dtype=_frozen_dtype(config),
+    )
 
 
 def _check_sampling(
@@ -467,6 +530,9 @@ def _length_in_words(config: TrainConfig, plan: Plan) -> str:
 
 def _trained_in_words(job: _Job) -> str:
     m = job.start.model_config
+    if job.adapter is not None:
+        share = job.adapter.trained / m.num_parameters
+        return f", frozen; {job.adapter.trained:,} trained beside them ({share:.2%})"
     shapes = CONFIGS[m.version].tensor_shapes(m)
     if len(job.trained) == len(shapes):
         return ""
@@ -485,13 +551,36 @@ def _weights_rows(config: TrainConfig, job: _Job) -> list[tuple[str, str]]:
         ),
         ("parameters", f"{m.num_parameters:,}" + _trained_in_words(job)),
         ("start", job.start.source),
+        *_adapter_rows(config),
         job.data.in_words(job.plan)[0],
     ]
 
 
+def _adapter_rows(config: TrainConfig) -> list[tuple[str, str]]:
+    settings = config.adapter.settings()
+    if settings is None:
+        return []
+    words = [settings.kind]
+    if settings.kind != "state":
+        words += [f"rank {settings.rank}", f"targets {settings.targets or 'all of att and ffn'}"]
+    if settings.train_modules:
+        words.append(f"in full {settings.train_modules}")
+    words.append("base in " + (settings.quant if settings.quant != "none" else "full precision"))
+    return [("adapter", ", ".join(words))]
+
+
 def _memory_estimate(config: TrainConfig, job: _Job, memory: PeakMemory) -> int:
     """Bytes of one process, or of one GPU."""
-    added = memory_estimate(job.start.model_config, config, memory.device_type)
+    m = job.start.model_config
+    if job.adapter is not None:
+        trained, frozen_bytes = job.adapter.trained, job.adapter.frozen_bytes
+    else:
+        shapes = CONFIGS[m.version].tensor_shapes(m)
+        trained = sum(prod(shapes[name]) for name in job.trained)
+        frozen_bytes = 4 * (m.num_parameters - trained)
+    added = memory_estimate(
+        m, config, memory.device_type, trained=trained, frozen_bytes=frozen_bytes
+    )
     return memory.before + added
 
 
@@ -500,8 +589,8 @@ def _model_settings(model: ModelConfig) -> dict[str, Any]:
     return {"version": model.version} | dataclasses.asdict(model)
 
 
-def _write_config(config: TrainConfig, model: ModelConfig, path: Path) -> None:
-    """The run's settings as YAML that --config takes, dimensions filled in."""
+def write_settings(settings: Mapping[str, Any], path: Path) -> None:
+    """A run's settings as YAML that --config takes."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -514,10 +603,5 @@ def _write_config(config: TrainConfig, model: ModelConfig, path: Path) -> None:
         )
 
     Dumper.add_representer(str, text)
-    content = yaml.dump(
-        config.to_flat() | _model_settings(model),
-        Dumper=Dumper,
-        sort_keys=False,
-        allow_unicode=True,
-    )
+    content = yaml.dump(dict(settings), Dumper=Dumper, sort_keys=False, allow_unicode=True)
     atomic_write(path, lambda file: file.write(content.encode()))

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkvtune.checkpoint import load_resume_state, resume_folder, save_resume_state
+from rwkvtune.adapters.adapter import Adapter
+from rwkvtune.adapters.base import Base
+from rwkvtune.checkpoint import (
+    load_resume_state,
+    resume_folder,
+    save_resume_state,
+    save_weights,
+)
 from rwkvtune.training.fabric import unwrapped, whole
 from rwkvtune.training.optim import load_optimizer_state, optimizer_state_to_tensors
 
@@ -42,6 +49,9 @@ class SavedState:
 
     folder: Path
     model: dict[str, Tensor]
+    """All weights, or those of the adapter where one is trained."""
+    base: Base | None
+    """What the adapter belongs to."""
     optimizer: dict[str, Tensor]
     rng: Tensor
     """Of torch's generator on the CPU."""
@@ -60,6 +70,7 @@ def read_state(folder: Path) -> SavedState:
     return SavedState(
         folder,
         parts["model"],
+        Base(**meta["base"]) if meta.get("base") else None,
         parts["optimizer"],
         parts["rng"]["cpu"],
         meta["recipe"],
@@ -79,11 +90,32 @@ class RunState:
     """What must not change at resume, as JSON; see config.changes_refused."""
     precision: Any
     """Fabric's precision plugin: has the state of the fp16 loss scaler."""
+    adapter: Adapter | None = None
+    """What is trained beside a frozen base."""
 
     def weights(self) -> dict[str, Tensor]:
-        """Every parameter by its upstream name, whole, fp32. A collective call when sharded."""
-        model = unwrapped(self.model)
-        return {name: whole(p.detach()) for name, p in model.state_dict().items()}
+        """Every parameter by its upstream name, whole, fp32; only those of the adapter where there
+        is one. A collective call when sharded."""
+        weights = unwrapped(self.model).state_dict()
+        names = weights if self.adapter is None else self.adapter.tensors
+        return {name: whole(weights[name].detach()) for name in names}
+
+    def write_weights(self, run_folder: Path, label: str, *, dtype: str, write: bool) -> None:
+        """Write what others read: rwkv-<label>.pth, or with an adapter the folder adapter-<label>,
+        for its base is a file already. Ranks with write=False only help gathering.
+
+        label: init, the number of a mini-epoch, or final.  dtype: of the tensors in the file.
+        """
+        if self.adapter is not None and label == "init":
+            return
+        weights = self.weights()
+        if not write:
+            return
+        if self.adapter is None:
+            save_weights(run_folder / f"rwkv-{label}.pth", weights, dtype=dtype)
+        else:
+            model: Any = unwrapped(self.model)
+            self.adapter.save(model, weights, run_folder / f"adapter-{label}")
 
     def save(self, run_folder: Path, *, write: bool) -> Path:
         """Write a resume state for the present step; ranks with write=False only help gathering."""
@@ -99,6 +131,7 @@ class RunState:
             "settings": self.settings,
             "recipe": self.recipe.state_dict(),
             "loss_scale": self.precision.state_dict(),
+            "base": dataclasses.asdict(self.adapter.base) if self.adapter else None,
         }
         folder = resume_folder(run_folder, self.progress.step)
         if write:

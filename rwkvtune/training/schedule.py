@@ -13,8 +13,9 @@ from typing import Literal, get_args
 from rwkvtune.errors import UserError
 
 Kind = Literal[
-    "cosine", "linear", "exponential", "constant", "wsd", "wsd_cosine", "cosine_exponential_mean"
-]
+    "cosine", "linear", "exponential", "constant", "wsd", "wsd_cosine", "cos",
+    "cosine_exponential_mean",
+]  # fmt: skip
 
 WARMUP_FLOOR = 0.01
 """Share of the learning rate that the first warmup step gets (RWKV-LM)."""
@@ -37,6 +38,7 @@ class Schedule:
                       1 - sqrt(share of the decay done): warmup-stable-decay, arXiv:2405.18392
         wsd_cosine    what world_train.py calls wsd: 100 steps up from 0, then a half cosine wave to
                       0; it has no plateau and takes no notice of lr_final
+        cos           world_train.py's: half a cosine wave from step 0, under the warmup too
         cosine_exponential_mean   the mean of both, for RWKV-LM's negative exit tokens
 
     linear and exponential count q by steps and reach lr_final at the last step; the others count by
@@ -132,6 +134,8 @@ class Schedule:
                     return self.lr_init * step / WORLD_TRAIN_RISE
                 q = self._token_share(step, WORLD_TRAIN_RISE * self.tokens_per_step)
                 return self.lr_init * 0.5 * (1 + math.cos(math.pi * q))
+            case "cos":
+                return self._cosine(self._token_share(step, 0))
             case "cosine_exponential_mean":
                 q = self._step_progress(step, self.epoch_schedule_steps)
                 return (self._exponential(q) + self._cosine(self._token_progress(step))) / 2

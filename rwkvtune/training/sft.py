@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from rwkvtune.data.batch import Batch
-from rwkvtune.data.chat import Message
+from rwkvtune.data.chat import encoded
 from rwkvtune.data.chat_batches import ChatBatches, validation_batches
 from rwkvtune.data.prefetch import prefetched
 from rwkvtune.evaluation.perplexity import evaluate_batches
 from rwkvtune.files import atomic_write
 from rwkvtune.inference.chat import ChatSettings, answer
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
+from rwkvtune.models.layers import State
 from rwkvtune.training.lm import next_token_loss, validation_row
 from rwkvtune.training.log import RunLog, without_controls
 from rwkvtune.training.plan import Plan
@@ -56,18 +57,19 @@ class ChatRecipe:
 
     def _batches_of(self, step: int) -> list[Batch]:
         plan = self.plan
-        return self._batches.batches(
+        batches = self._batches.batches(
             step,
             micro_bsz=plan.micro_bsz,
             accumulate=plan.accumulate,
             rank=self.fabric.global_rank,
             world_size=plan.world_size,
         )
+        return [part for batch in batches for part in batch.chunks(self.config.schedule.chunk_len)]
 
     def loss(
-        self, model: nn.Module, batch: Batch, carry: None
-    ) -> tuple[Tensor, int, None, dict[str, float]]:
-        return next_token_loss(model, batch, self.config.optimizer)
+        self, model: nn.Module, batch: Batch, carry: State | None
+    ) -> tuple[Tensor, int, State, dict[str, float]]:
+        return next_token_loss(model, batch, carry, self.config.optimizer)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         if self.data.validation is None:
@@ -84,6 +86,7 @@ class ChatRecipe:
             ),
             device=self.fabric.device,
             loss_head=partial(head_cross_entropy, l2wrap=0.0),
+            chunk_len=self.config.schedule.chunk_len,
             byte_lengths=self.data.tokenizer.token_byte_lengths(),
             sum_over_ranks=None if ranks == 1 else partial(self.fabric.all_reduce, reduce_op="sum"),
         )
@@ -115,7 +118,7 @@ class ChatRecipe:
         )
         question = self._question()
         if question is not None:
-            log.line(_told("asked", question[-1]["content"]))
+            log.line(_told("asked", self.data.tokenizer.decode(question)))
             log.line(_told("before", str(self.base["sample"])))
             log.line(_told("after", str(tuned["sample"])))
         if self.fabric.is_global_zero:
@@ -123,22 +126,19 @@ class ChatRecipe:
             path = Path(self.config.output.proj_dir) / EVALUATION
             atomic_write(path, lambda file: file.write(content.encode() + b"\n"))
 
-    def _question(self) -> list[Message] | None:
+    def _question(self) -> list[int] | None:
         """What samples answer: the given prompt, else the first held-out conversation up to its
         first answer."""
-        if self.config.output.sample_prompt:
-            return [{"role": "user", "content": self.config.output.sample_prompt}]
-        samples = self.data.validation or self.data.training
-        for messages in filter(None, samples.conversations):
-            roles = [message["role"] for message in messages]
-            asked = messages[: roles.index("assistant")]
-            if asked and asked[-1]["role"] == "user":
-                return asked
-        return None
+        prompt, data = self.config.output.sample_prompt, self.data
+        if prompt:
+            pieces = data.template.prompt([{"role": "user", "content": prompt}])
+            return encoded(pieces, data.tokenizer.encode)[0]
+        return (data.validation or data.training).first_question()
 
-    def _answer(self, model: nn.Module, question: list[Message]) -> str:
+    def _answer(self, model: nn.Module, question: list[int]) -> str:
         settings = ChatSettings(max_tokens=self.config.output.sample_tokens, temperature=0.0)
-        return answer(model, self.data.tokenizer, self.data.template, question, settings)
+        data = self.data
+        return "".join(answer(model, data.tokenizer, data.template, question, settings)).strip()
 
     def state_dict(self) -> dict[str, Any]:
         return {"base": self.base}  # batches are a pure function of the step

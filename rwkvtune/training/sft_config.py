@@ -41,8 +41,6 @@ class TuningScheduleOptions(ScheduleOptions):
 
     micro_bsz: int = 4
     """Rows per device and micro-batch."""
-    epoch_count: int = 1
-    """Passes over the conversations, or mini-epochs where epoch_steps says how long one is."""
     lr_init: float = 2e-5
     """Highest learning rate."""
     lr_final: float = 2e-6
@@ -62,6 +60,19 @@ class SFTConfig(TrainConfig):
     @property
     def has_validation(self) -> bool:
         return bool(self.data.val_data_file or self.data.val_share)
+
+    @property
+    def has_samples(self) -> bool:
+        return self.has_validation or super().has_samples  # before and after training
+
+    @property
+    def joins_documents(self) -> str:
+        if self.data.batching != "packed":
+            return ""
+        return (
+            "batching=packed: a conversation that starts inside a row would begin from zero, not "
+            "from the trained state; give --batching bucketed"
+        )
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -15,7 +15,7 @@ from rwkvtune.errors import UserError
 from rwkvtune.inference.tokenizer import tokenizer_for
 from rwkvtune.training.plan import Plan
 from rwkvtune.training.sft_config import SFTConfig
-from rwkvtune.training.starting_point import contents
+from rwkvtune.training.starting_point import contents, preset_of, weights_named
 from rwkvtune.weights_header import read_header
 
 
@@ -50,7 +50,7 @@ class ChatData:
 
     @property
     def validation_fingerprint(self) -> str:
-        return "" if self.validation is None else self.validation.fingerprint
+        return self.validation.fingerprint if self.validation else ""
 
     def check(self, vocab_size: int) -> None:
         for samples in filter(None, (self.training, self.validation)):
@@ -83,11 +83,11 @@ class ChatData:
 
 def open_data(config: SFTConfig, notes: list[str]) -> ChatData:
     """Read and encode all conversations; UserError for what cannot be read as the settings say."""
-    d, m, folder = config.data, config.model, Path(config.output.proj_dir)
-    if not (m.load_model or m.n_layer or any(contents(folder))):
+    d, folder = config.data, Path(config.output.proj_dir)
+    if not (_weights(config) or config.model.n_layer or contents(folder)):
         raise UserError(
-            "load_model is missing: give the weights to start from (a .pth or .safetensors file), "
-            "or n_layer and n_embd for a fresh model"
+            "load_model is missing: give the weights to start from (.pth, .safetensors), a preset "
+            "(model_config), or n_layer and n_embd for a fresh model"
         )
     tokenizer = _tokenizer(config, notes)
     template = _template(config)
@@ -116,7 +116,7 @@ def read(
 
 def samples_to_look_at(config: SFTConfig, notes: list[str]) -> tuple[ChatSamples, Tokenizer]:
     """The conversations as a run would train them; needs no weights, World is assumed without."""
-    if not (config.data.tokenizer or config.model.load_model):
+    if not (config.data.tokenizer or config.model.load_model or config.model.model_config):
         kept = find_tokenizer(config.output.proj_dir)
         if kept is None:
             notes.append("tokenizer: none is named, world is assumed")
@@ -136,13 +136,17 @@ def _tokenizer(config: SFTConfig, notes: list[str]) -> Tokenizer:
     kept = find_tokenizer(config.output.proj_dir)
     if kept is not None:
         return kept
-    if not config.model.load_model:
+    path = _weights(config)
+    if path is None:
         raise UserError(
             "nothing says which tokenizer to use: give --tokenizer (world, bytes or a file), or "
             "weights to start from, --load_model"
         )
-    path = Path(config.model.load_model)
     return tokenizer_for(path, _vocab_size(path), spec, notes.append)
+
+
+def _weights(config: SFTConfig) -> Path | None:
+    return weights_named(config.model, preset_of(config.model))
 
 
 def _vocab_size(path: Path) -> int:
@@ -161,7 +165,7 @@ def _template(config: SFTConfig) -> Template:
     """The named one, else the run's own, else the one kept with the weights, else G1's."""
     if config.data.template:
         return load_template(config.data.template)
-    for place in (config.output.proj_dir, config.model.load_model):
+    for place in (config.output.proj_dir, _weights(config)):
         if place and (found := find_template(place)) is not None:
             return found
     return load_template("g1")

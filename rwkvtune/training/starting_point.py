@@ -39,6 +39,8 @@ DIMENSIONS = (
 )  # fmt: skip
 """Settings that say what a model looks like; not every version has all of them."""
 
+WEIGHTS_OF = "weights of "
+
 
 @dataclass
 class StartingPoint:
@@ -49,6 +51,8 @@ class StartingPoint:
     """To load into the model; None = initial values, or those of the resume state."""
     has_gaps: bool = False
     """The weights lack tensors, which get initial values."""
+    base_path: str = ""
+    """With an adapter: the file of the weights that stay frozen."""
     resume_state: Path | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     """The interrupted run's settings."""
@@ -78,7 +82,7 @@ def find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) -> 
 
 def contents(folder: Path) -> tuple[str, ...]:
     """Names of the weights and resume states in a run folder."""
-    paths = [*folder.glob("rwkv-*.pth"), *folder.glob("resume/*")]
+    paths = [*folder.glob("rwkv-*.pth"), *folder.glob("adapter-*"), *folder.glob("resume/*")]
     return tuple(sorted(path.name for path in paths))
 
 
@@ -89,7 +93,8 @@ def _find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) ->
     numbered = numbered_weights(folder)
     initial, final = folder / "rwkv-init.pth", folder / "rwkv-final.pth"
     state = newest_resume_state(folder, report=notes.append)
-    holds_a_run = state or numbered or initial.exists() or final.exists()
+    adapters = sorted(path.name for path in folder.glob("adapter-*"))
+    holds_a_run = state or numbered or initial.exists() or final.exists() or adapters
     if config.output.resume == "never" and holds_a_run:
         raise UserError(
             f"{folder} already holds a run and resume=never: choose another proj_dir, or "
@@ -111,6 +116,8 @@ def _find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) ->
         if initial.exists():
             notes.append(f"{initial} is written anew")
         return _new_run(config.model, preset, tokenizer, notes)
+    if config.adapter.peft != "none" or adapters:
+        return _with_adapter(config, preset, state, adapters, tokenizer, notes)
     if state is not None:
         meta = load_resume_meta(state)
         recorded = CONFIG_CLASSES[meta["settings"]["version"]](**meta["settings"]["model"])
@@ -141,6 +148,41 @@ def _find(config: TrainConfig, tokenizer: Tokenizer | None, notes: list[str]) ->
     return _new_run(config.model, preset, tokenizer, notes)
 
 
+def _with_adapter(
+    config: TrainConfig,
+    preset: Preset | None,
+    state: Path | None,
+    adapters: list[str],
+    tokenizer: Tokenizer | None,
+    notes: list[str],
+) -> StartingPoint:
+    """The base's weights, and what the run has of its adapter; UserError for a folder that holds
+    something else."""
+    folder = Path(config.output.proj_dir)
+    peft = config.adapter.peft
+    if state is None and adapters:
+        raise UserError(
+            f"{folder} holds {adapters[-1]} without a resume state to go on from: use it (rwkvtune "
+            "merge), or choose another proj_dir"
+        )
+    meta = {} if state is None else load_resume_meta(state)
+    before = meta.get("settings", {}).get("peft", "none")
+    if numbered_weights(folder) or (state is not None and before != peft):
+        raise UserError(
+            f"{folder} holds a run with peft={before}, and this one has peft={peft}: choose "
+            "another proj_dir, or give the old value to go on"
+        )
+    start = _new_run(config.model, preset, tokenizer, notes)
+    start.base_path = start.source.removeprefix(WEIGHTS_OF)
+    if state is not None:
+        start.source = f"resumed from {state}, base {start.base_path}"
+        start.resume_state, start.settings = state, meta["settings"]
+        start.progress = Progress(**meta["progress"])
+        recorded = CONFIG_CLASSES[meta["settings"]["version"]](**meta["settings"]["model"])
+        start.problems = _disagreements(config.model, recorded, "the run")
+    return start
+
+
 def preset_of(flags: ModelOptions) -> Preset | None:
     """The preset that the flags name; UserError when there is none or other flags contradict it."""
     if not flags.model_config:
@@ -158,6 +200,15 @@ def preset_of(flags: ModelOptions) -> Preset | None:
             "dimensions: give the new dimensions by flags, and leave model_config out"
         )
     return preset
+
+
+def weights_named(flags: ModelOptions, preset: Preset | None) -> Path | None:
+    """The file that a flag names, else the preset; UserError for a preset's that is nowhere."""
+    if flags.load_model:
+        return Path(flags.load_model)
+    if preset is not None and preset.model_file is not None:
+        return preset.find_weights()
+    return None
 
 
 def preset_rows(config: TrainConfig) -> list[tuple[str, str]]:
@@ -179,11 +230,9 @@ def _new_run(
     flags: ModelOptions, preset: Preset | None, tokenizer: Tokenizer | None, notes: list[str]
 ) -> StartingPoint:
     """From the weights that a flag names, else the preset, else from initial values."""
-    given = flags.load_model
-    if not given and preset is not None and preset.model_file is not None:
-        given = str(preset.find_weights())
+    given = weights_named(flags, preset)
     if given:
-        return _from_file(flags, preset, Path(given), notes, may_resize=True)
+        return _from_file(flags, preset, given, notes, may_resize=True)
     config = _fresh_config(flags, tokenizer) if preset is None else preset.dimensions
     return StartingPoint(config, "initial values")
 
@@ -247,7 +296,7 @@ def _from_file(
             "--interpolate true)"
         )
     return StartingPoint(
-        config, f"weights of {path}", weights, bool(lacking), epochs_behind=epochs_behind
+        config, f"{WEIGHTS_OF}{path}", weights, bool(lacking), epochs_behind=epochs_behind
     )
 
 

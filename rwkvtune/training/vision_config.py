@@ -53,7 +53,7 @@ class VisionConfig:
     """Width between the adapter's two layers; 0 = 4 * n_embd, which with 2 * n_embd is
     published."""
     adapter_conv: str = ""
-    """KERNEL,STRIDE of a convolution over the picture's tokens, such as 3,2 (about half of them)."""
+    """KERNEL,STRIDE of a convolution over the picture's tokens; 3,2 leaves about half of them."""
     adapter_shuffle: int = 1
     """Side of the squares of picture tokens that become one token; not together with
     adapter_conv."""
@@ -175,6 +175,8 @@ class VisionConfig:
     """Resume states to keep."""
     save_full: bool = False
     """Also write rwkv-<k>.pth: language model and adapter in one file, with upstream's names."""
+    save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of the tensors in rwkv-<k>.pth; all other files are exact."""
     log_every: int = 10
     """Steps per line of metrics.csv and of the console."""
     val_every: int = 0
@@ -191,7 +193,7 @@ class VisionConfig:
 
     @property
     def device_options(self) -> DeviceOptions:
-        names = [f.name for f in dataclasses.fields(DeviceOptions)]
+        names = [f.name for f in dataclasses.fields(DeviceOptions) if hasattr(self, f.name)]
         values: dict[str, Any] = {name: getattr(self, name) for name in names}
         if values["strategy"] != "auto":
             values["strategy"] = "ddp"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,12 @@ def test_an_unknown_command_is_one_line_with_the_nearest(
     assert capsys.readouterr().err == "error: unknown command 'trian': did you mean train?\n"
     assert main(["xyzzy"]) == 2
     assert f"there are {', '.join(COMMANDS)}" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_ends_a_command_without_a_word() -> None:
+    command = [sys.executable, "-m", "rwkvtune", "data", "--help"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")

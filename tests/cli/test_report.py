@@ -34,7 +34,7 @@ def test_the_last_line_says_where_the_report_is(
         (["out/a", "--x", "epochs"], "argument --x: invalid choice: 'epochs'"),
         (["out/a", "--smooth", "7"], "smooth=7.0 must be a share of the run"),
         (["out/a", "--output", "out/a/metrics.csv/x"], "out/a/metrics.csv is a file"),
-        (["out/a", "--oputput", "x"], "unrecognized arguments: --oputput x"),
+        (["out/a", "--oputput", "x"], "unknown flag --oputput (did you mean --output?)"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(

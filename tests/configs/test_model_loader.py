@@ -146,7 +146,7 @@ def test_ranks_and_width_that_the_published_keys_cannot_say() -> None:
         ),
         (changed(architecture__head_size=64), ["(did you mean head_size_a?)"]),
         (changed(n_layer=4), ["unknown key n_layer (it belongs in architecture)"]),
-        (changed(trainning={}), ["unknown key trainning (did you mean training?)"]),
+        (changed(trainings={}), ["unknown key trainings (did you mean training?)"]),
         (changed(zzz=1), ["unknown key zzz. The keys are model_name, model_file"]),
         (
             changed(architecture__n_layer="3"),

@@ -19,7 +19,13 @@ from rwkvtune.data.tokenizers.custom import BaseTokenizer
 from rwkvtune.data.tokenizers.generic import GenericTokenizer, create_vocab_file_from_tokens
 from rwkvtune.data.tokenizers.integers import AngleTokenizer, IntegerTokenizer
 from rwkvtune.errors import MissingFileError, UserError
-from rwkvtune.pipeline import DataConfig, ModelConfig, RWKVTrainingPipeline, TrainingConfig
+from rwkvtune.pipeline import (
+    DataConfig,
+    ModelConfig,
+    RWKVTrainingPipeline,
+    TrainingConfig,
+    load_checkpoint_for_training,
+)
 
 MODEL = ModelConfig("x070", n_layer=1, n_embd=32, ctx_len=16, head_size_a=16)
 TRAINING = TrainingConfig(micro_bsz=4, precision="fp32", grad_cp=0, lr_schedule="constant")
@@ -200,6 +206,9 @@ def test_text_by_a_vocabulary_of_ones_own(tmp_path: Path) -> None:
     reopened = RWKVTrainingPipeline(tmp_path / "work")
     assert isinstance(reopened.tokenizer, GenericTokenizer)
     assert reopened.model_config.vocab_size == 4
+    others = create_vocab_file_from_tokens(["world", "hello", " "], tmp_path / "others.txt")
+    with pytest.raises(UserError, match="holds a run with another tokenizer"):
+        RWKVTrainingPipeline(tmp_path / "work", tokenizer=GenericTokenizer(others))
     assert set(reopened.generate("hello", 5, seed=0)) <= set("helo wrd")
 
 
@@ -290,6 +299,19 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_changes(
     assert not made.model_initialized
 
 
+def test_versions_that_are_not_trained_are_refused_by_name(tmp_path: Path) -> None:
+    made = pipeline(tmp_path / "work")
+    made.prepare_data(DATA)
+    key = torch.zeros(8, 8)
+    for evidence, name in (("att.time_first", "RWKV-4"), ("att.time_maa_rkvw_w1", "x060b")):
+        path = tmp_path / "weights.pth"
+        torch.save({"emb.weight": key, f"blocks.0.{evidence}": key}, path)
+        assert name in made.inspect_checkpoint(path)["detected_config"]["model_type"]
+        for call in (load_checkpoint_for_training, made.train_from_checkpoint):
+            with pytest.raises(UserError, match=rf"weights.pth: these weights are .*{name}"):
+                call(path)
+
+
 def test_a_tokenizer_of_more_ids_than_rows_is_refused_with_both_numbers(
     trained: Path, tmp_path: Path
 ) -> None:
@@ -336,6 +358,7 @@ def test_nothing_is_trained_on_nothing(tmp_path: Path) -> None:
         (lambda: ModelConfig(head_size_a=0), "head_size_a=0 must be at least 1"),
         (lambda: RWKVTrainingPipeline("x", TrainingConfig()), "given where a ModelConfig is"),  # type: ignore[arg-type]
         (lambda: RWKVTrainingPipeline("/dev/null/x"), "/dev/null/x"),
+        (lambda: RWKVTrainingPipeline("x", wandb_project=5), "wandb_project=5 must be"),  # type: ignore[arg-type]
     ],
 )
 def test_settings_that_make_no_sense_are_refused_at_once(make: Any, said: str) -> None:
@@ -359,6 +382,12 @@ def test_the_model_gets_rows_for_the_tokenizer_and_the_callers_object_stays(tmp_
 
 
 def test_a_damaged_folder_is_told(copy: Path) -> None:
+    stored = json.loads((copy / "configs/config.json").read_text())
+    wrong = {**stored, "dataset": {**stored["dataset"], "prefix": None}}
+    (copy / "configs/config.json").write_text(json.dumps(wrong))
+    with pytest.raises(UserError, match=r"config\.json: dataset: "):
+        RWKVTrainingPipeline(copy)
+    (copy / "configs/config.json").write_text(json.dumps(stored))
     (copy / "data/train.idx").unlink()
     with pytest.raises(MissingFileError, match="names the token files"):
         RWKVTrainingPipeline(copy)
@@ -368,9 +397,12 @@ def test_a_damaged_folder_is_told(copy: Path) -> None:
     (copy / "configs/config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: cannot be read"):
         RWKVTrainingPipeline(copy)
+    (copy / "configs/config.json").unlink()
+    assert not pipeline(copy).data_prepared  # all can be said again
 
 
 SCRIPT = """
+import os, signal, threading, time
 from rwkv_trainer import *
 print("SCRIPT BEGINS")
 p = RWKVTrainingPipeline({work!r}, ModelConfig("x070", 1, 32, ctx_len=16, head_size_a=16),
@@ -378,10 +410,19 @@ p = RWKVTrainingPipeline({work!r}, ModelConfig("x070", 1, 32, ctx_len=16, head_s
     tokenizer=IntegerTokenizer(19))
 p.prepare_data([[i % 20 for i in range(10)]] * 12)
 p.initialize_model()
-result = p.train(num_epochs=1)
-print("SCRIPT ENDS", result.steps)
+
+def interrupt():  # this process alone, once the other two have begun
+    while not (p.output_dir / "metrics.csv").exists():
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt).start()
+try:
+    p.train(num_epochs=100_000)
+except KeyboardInterrupt as stop:
+    print("SCRIPT GOES ON:", stop)
 p.training_config.lr_init = 1.0
-p.train(num_epochs=2, continue_training=True)
+p.train(num_epochs=100_000, continue_training=True)
 """
 
 
@@ -398,5 +439,6 @@ def test_two_devices_from_a_script_without_a_guard_and_from_a_notebook(tmp_path:
         cwd=tmp_path,
     )
     assert done.stdout.count("SCRIPT BEGINS") == 1
-    assert "2 device(s)" in done.stdout and "SCRIPT ENDS 2" in done.stdout
+    assert "2 device(s)" in done.stdout and "stopped after step" in done.stdout
+    assert "SCRIPT GOES ON: stopped and saved" in done.stdout
     assert "UserError: " in done.stderr and "lr_init: 0.0006 -> 1.0" in done.stderr

@@ -15,6 +15,7 @@ import torch
 
 from rwkvtune.cli import train_with_config
 from rwkvtune.cli.main import guarded
+from rwkvtune.cli.main import main as rwkvtune
 from rwkvtune.cli.train_with_config import main as train_script
 from rwkvtune.configs import load_model_config
 from rwkvtune.configs.preset import BUILTIN_FOLDER
@@ -135,9 +136,17 @@ def test_each_size_can_be_tried(
     size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+
+    def become(program: str, arguments: list[str]) -> None:
+        assert [program, *arguments[1:3]] == [sys.executable, "-m", "rwkvtune"]
+        raise SystemExit(rwkvtune(arguments[3:]))
+
+    monkeypatch.setattr("os.execv", become)
     threads = torch.get_num_threads()
-    assert train_script([size, "--exit_tokens", "128", "--threads", "1"]) == 0
+    with pytest.raises(SystemExit) as ended:
+        train_script([size, "--exit_tokens", "128", "--threads", "1"])
     torch.set_num_threads(threads)
+    assert ended.value.code == 0
     assert capsys.readouterr().out.startswith(FIRST_LINE + "\n")
     (folder,) = tmp_path.iterdir()
     short = size.lower().removeprefix("rwkv7-")
@@ -167,6 +176,8 @@ def test_the_script_trains_the_users_data_and_weights(tmp_path: Path) -> None:
     [
         (["0.2b"], {}, "no preset '0.2b'"),
         (["--epoch_count", "1"], {}, "the size comes first"),
+        (["0.1b", "--epoch_cnt", "1"], {}, "epoch_cnt (did you mean epoch_count?)"),
+        (["0.1b", "--ctx_len", "0"], {}, "ctx_len=0 must be at least 1"),
         (["0.1b"], {"DATA": "my.txt"}, "rwkvtune configs show rwkv7-0.1b --download"),
         (["0.1b"], {"WEIGHTS": "w.pth"}, "but no data"),
         (["0.1b"], {"DATA": "my.txt", "WEIGHTS": "w.pth"}, "there is no file w.pth"),

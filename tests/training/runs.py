@@ -153,7 +153,7 @@ def metrics(folder: Path) -> list[dict[str, str]]:
 
 
 def losses(folder: Path) -> list[float]:
-    return [float(row["loss"]) for row in metrics(folder)]
+    return [float(row["loss"]) for row in metrics(folder) if row["loss"]]
 
 
 def epoch_lines(folder: Path) -> list[str]:

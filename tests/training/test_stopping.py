@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ SETTINGS = {
     "n_layer": 1, "n_embd": 64, "ctx_len": 32, "threads": 1, "precision": "fp32",
     "micro_bsz": 4, "exit_tokens": 40 * 128, "log_every": 1, "epoch_steps": 15,
 }  # fmt: skip
+ROOT = Path(__file__).parents[2]
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
@@ -83,3 +86,21 @@ def test_signals_before_the_loop_end_the_process_without_a_traceback(
     assert ended.code == CODES[number], ended.output
     assert "Traceback" not in ended.output
     assert folder.exists() == (moment != "text.idx")
+
+
+def test_a_reader_of_the_output_that_leaves_stops_the_run_with_its_state_saved(
+    text: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "rwkvtune", *args(text, tmp_path / "run")]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True
+    ) as running:
+        assert running.stdout and running.stderr
+        while not running.stdout.readline().startswith("step  3/40"):
+            pass
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 143
+    steps = len(metrics(tmp_path / "run"))
+    assert 3 <= steps < 40
+    assert (tmp_path / "run" / "resume" / f"step-{steps:08d}" / "state.json").exists()

@@ -7,6 +7,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,7 @@ class WorldTokenizer(TableTokenizer):
     name = "world"
 
     def __init__(self) -> None:
-        path = str(files("pyrwkv_tokenizer") / "rwkv_vocab_v20230424.txt")
-        table, self.unused_ids = table_of(read_vocabulary(path), MODEL_ROWS)
+        table, self.unused_ids = table_of(read_vocabulary(vocabulary_path()), MODEL_ROWS)
         super().__init__(table)
         self._rust: Any = None
 
@@ -76,3 +76,8 @@ class WorldTokenizer(TableTokenizer):
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.name}
+
+
+def vocabulary_path() -> Path:
+    """The vocabulary file that pyrwkv-tokenizer brings."""
+    return Path(str(files("pyrwkv_tokenizer") / "rwkv_vocab_v20230424.txt"))

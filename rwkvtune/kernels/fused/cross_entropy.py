@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rwkvtune.kernels.dispatch import fuses_with_triton
+
 L2WRAP = 1e-4
 """Upstream's pull of each position's largest logit towards zero."""
 
@@ -89,6 +91,10 @@ def _softmax_into_gradient(logits: Tensor, gold: Tensor, counted: Tensor, l2wrap
     Rows that are not counted get a zero gradient. The largest logit is the first one where several
     are equal.
     """
+    if fuses_with_triton(logits):
+        from . import triton_gpu
+
+        return triton_gpu.softmax_into_gradient(logits, gold, counted, l2wrap)
     z = logits.float()
     largest, where = z.max(dim=-1, keepdim=True)
     picked = z.gather(1, gold[:, None])

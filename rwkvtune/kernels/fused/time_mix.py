@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvtune.kernels.calls import apply, without_autocast
+from rwkvtune.kernels.dispatch import fuses_with_triton
 from rwkvtune.kernels.fused.token_shift import column_sum
 
 SMALLEST_NORM = 1e-12
@@ -89,6 +90,10 @@ def prepare_keys(
     Returns new_k, -kk and kk * a, each [B, T, C] in k's type: the recurrence's k, a and b.
     Source: RWKV-7 "Goose", arXiv:2503.14456; the norm's smallest divisor is torch's.
     """
+    if fuses_with_triton(k, head_size):
+        from . import triton_gpu
+
+        return triton_gpu.prepare_keys(k, a_logit, k_k, k_a, head_size, _smallest_norm(k.dtype))
     with without_autocast(k.device.type):
         keys = apply(_PrepareKeys, k, a_logit, k_k, k_a, head_size)
     return cast("tuple[Tensor, Tensor, Tensor]", keys)
@@ -179,6 +184,10 @@ def norm_bonus_gate(
     r_k: [H, N]; weight, bias: [H * N], any float type.  Returns [B, T, H * N] in y's type.
     Source: RWKV-7 "Goose", arXiv:2503.14456.
     """
+    if fuses_with_triton(y, y.shape[3]):
+        from . import triton_gpu
+
+        return triton_gpu.norm_bonus_gate(y, r, k, v, g, r_k, weight, bias, eps)
     with without_autocast(y.device.type):
         out = apply(_NormBonusGate, y, r, k, v, g, r_k, weight, bias, eps)
     return cast(Tensor, out)
@@ -231,6 +240,10 @@ def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float)
     y: [B, T, H, N], fp32 or bf16.  gate: [B, T, H * N] of its dtype.  weight, bias: [H * N], any
     float type.  Returns [B, T, H * N] in y's type.  Source: "Eagle and Finch", arXiv:2404.05892.
     """
+    if fuses_with_triton(y, y.shape[3]):
+        from . import triton_gpu
+
+        return triton_gpu.norm_gate(y, gate, weight, bias, eps)
     with without_autocast(y.device.type):
         out = apply(_NormGate, y, gate, weight, bias, eps)
     return cast(Tensor, out)
@@ -253,4 +266,20 @@ class _SquaredRelu(torch.autograd.Function):
 
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)^2, any shape and float type, keeping one tensor for its backward."""
+    if fuses_with_triton(x):
+        from . import triton_gpu
+
+        return triton_gpu.squared_relu(x)
     return cast(Tensor, apply(_SquaredRelu, x))
+
+
+def value_residual(v: Tensor, first: Tensor, logit: Tensor) -> Tensor:
+    """x070's value, blended with that of the first block: v + (first - v) sigmoid(logit).
+
+    v, first, logit: [B, T, C], one float type.  Source: RWKV-7 "Goose", arXiv:2503.14456.
+    """
+    if fuses_with_triton(v):
+        from . import triton_gpu
+
+        return triton_gpu.value_residual(v, first, logit)
+    return torch.lerp(v, first, torch.sigmoid(logit))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvtune.kernels.calls import apply
+from rwkvtune.kernels.dispatch import fuses_with_triton
 
 
 def previous_token(z: Tensor, before: Tensor | None, reset: Tensor | None = None) -> Tensor:
@@ -94,6 +95,10 @@ def token_shift_mix(
     sees zeros. Returns S tensors [B, T, C] of z's dtype.  Source: RWKV-7 "Goose", arXiv:2503.14456,
     token shift.
     """
+    if fuses_with_triton(z) and len(mix) <= 6:
+        from . import triton_gpu
+
+        return triton_gpu.token_shift_mix(z, mix, before, reset)
     return cast("tuple[Tensor, ...]", apply(_TokenShiftMix, z, mix, before, reset))
 
 

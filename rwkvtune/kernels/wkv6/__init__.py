@@ -35,7 +35,7 @@ def wkv6(
     state: [B, H, N, N] fp32 (fp64 with fp64 inputs), rows indexed by v, columns by k;
         zeros when None.
     reset: [B, T] bool, True where a document starts: the state is zero before that token.
-    backend: "auto", "chunked" or "reference".
+    backend: "auto" or a name of `rwkvtune.kernels.dispatch.BACKENDS`.
     Returns y [B, T, H, N] in the input dtype and the final state in the dtype of the state.
     Gradients flow to all inputs, to the initial state, and back from the final state. Decays of 0
     and 1 are as good as any other.
@@ -83,10 +83,15 @@ def run(
     announce(kernel, choice)
     if choice.backend == "reference":
         return wkv6_reference(r, k, v, w, u, state, reset=reset)
-    assert choice.backend == "chunked", choice
     needs_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (r, k, v, w, u, state)
     )
     if r.shape[1] <= SHORT_LEN and not needs_grad:
         return wkv6_stepwise(r, k, v, w, u, state, reset=reset)
+    if choice.backend in ("triton_gpu", "triton_gpu_high"):
+        from .triton_gpu import wkv6_triton
+
+        precision = "high" if choice.backend == "triton_gpu_high" else "default"
+        return wkv6_triton(r, k, v, w, u, state, reset=reset, precision=precision)
+    assert choice.backend == "chunked", choice
     return wkv6_chunked(r, k, v, w, u, state, reset=reset)

@@ -63,9 +63,7 @@ def wkv7(
     if choice.backend in ("triton_gpu", "triton_gpu_high"):
         from .triton_gpu import wkv7_triton
 
-        is_high = choice.backend == "triton_gpu_high"
-        return wkv7_triton(
-            r, w, k, v, a, b, state, reset=reset, precision="high" if is_high else "default"
-        )
+        precision = "high" if choice.backend == "triton_gpu_high" else "default"
+        return wkv7_triton(r, w, k, v, a, b, state, reset=reset, precision=precision)
     assert choice.backend == "chunked", choice
     return wkv7_chunked(r, w, k, v, a, b, state, reset=reset)

@@ -13,7 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkvtune.kernels.fused.time_mix import norm_bonus_gate, prepare_keys, squared_relu
+from rwkvtune.kernels.fused.time_mix import (
+    norm_bonus_gate,
+    prepare_keys,
+    squared_relu,
+    value_residual,
+)
 from rwkvtune.kernels.fused.token_shift import token_shift_mix
 from rwkvtune.kernels.wkv7 import wkv7
 from rwkvtune.kernels.wkv7.reference import LOG_DECAY_SCALE
@@ -91,7 +96,7 @@ class TimeMix(nn.Module):
             v_first = v
         else:
             gate = F.linear(xv @ self.v1.to(dtype), self.v2.T.to(dtype), self.v0.to(dtype).view(C))
-            v = torch.lerp(v, v_first, torch.sigmoid(gate))
+            v = value_residual(v, v_first, gate)
         k, removal, insertion = prepare_keys(k, a_logit, self.k_k.view(C), self.k_a.view(C), N)
 
         r, w, k, v, removal, insertion = (

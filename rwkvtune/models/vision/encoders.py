@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkvtune.errors import UserError
+from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.kernels.calls import without_autocast
 
 KINDS = {
@@ -47,9 +47,13 @@ class Encoder(nn.Module):
     Always in eval mode. Without gradients unless its parameters ask for them.
     """
 
-    def __init__(self, model: nn.Module, table: Tensor, shape: tuple[int, int]) -> None:
+    def __init__(
+        self, model: nn.Module, table: Tensor, shape: tuple[int, int], fingerprint: str = ""
+    ) -> None:
         super().__init__()
         self.model = model.eval()
+        self.fingerprint = fingerprint
+        """Tells whether features come from the same weights and preparation of pictures."""
         self.shape = shape
         """(height, width) of its pictures."""
         self.register_buffer("table", table.clone(), persistent=False)
@@ -93,6 +97,7 @@ class Encoder(nn.Module):
 
 def read_processor(path: str) -> dict[str, Any]:
     """The preprocessor_config.json of a local folder or a hub id."""
+    _check_place(path)
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
@@ -104,11 +109,18 @@ def read_processor(path: str) -> dict[str, Any]:
 
 
 def load_encoder(
-    path: str, kind: str, *, table: Tensor, shape: tuple[int, int], dtype: torch.dtype
+    path: str,
+    kind: str,
+    *,
+    processor: Mapping[str, Any],
+    table: Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
 ) -> Encoder:
     """The picture tower of a checkpoint in a local folder or on the hub; both towers may be in it.
 
     kind: siglip, clip, dinov2 or one of OTHER_NAMES; "" = as its config.json says.
+    processor: its preprocessor_config.json.
     table: fp32 [3, 256], what it gets for each pixel value.  shape: (height, width) of its
     pictures; both as data.images.Preprocessing has them.
     UserError when it is of another kind, is incomplete, or cannot be reached.
@@ -137,7 +149,22 @@ def load_encoder(
             f"{path} lacks {len(missing)} tensors of a {family} picture tower, such as "
             f"{missing[0]}: is the checkpoint complete?"
         )
-    return Encoder(model.requires_grad_(False).to(dtype), table, shape)
+    fingerprint = _fingerprint(model, processor)
+    return Encoder(model.requires_grad_(False).to(dtype), table, shape, fingerprint)
+
+
+def _check_place(path: str) -> None:
+    """UserError at once for a missing folder that is no name on the hub, which would be asked for
+    it again and again."""
+    folder = Path(path)
+    parts = folder.parts
+    looks_local = (
+        len(parts) > 2 or path[:1] in "./~" or folder.parent != Path() and folder.parent.is_dir()
+    )
+    if not folder.is_dir() and looks_local:
+        raise MissingFileError(
+            f"encoder {path}: there is no such folder, and a name on the hub is OWNER/NAME"
+        )
 
 
 def _vision_config(path: str, kind: str) -> Any:
@@ -163,17 +190,14 @@ def _vision_config(path: str, kind: str) -> Any:
     return getattr(config, "vision_config", config)
 
 
-def encoder_fingerprint(encoder: Encoder, processor: dict[str, Any]) -> str:
-    """Tells whether features come from the same weights, type and preparation of pictures."""
-    config = encoder.model.config.to_diff_dict()  # type: ignore[union-attr, operator]
+def _fingerprint(model: Any, processor: Mapping[str, Any]) -> str:
+    config = model.config.to_diff_dict()
     for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(name, None)
-    parts = [json.dumps([config, processor], sort_keys=True, default=str)]
-    digest = hashlib.sha256(parts[0].encode())
-    digest.update(encoder.table.cpu().numpy().tobytes())  # type: ignore[operator]
-    for name, tensor in sorted(encoder.model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    digest = hashlib.sha256(json.dumps([config, processor], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 
@@ -184,10 +208,12 @@ def quiet_transformers() -> Iterator[None]:
 
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers.logging.set_verbosity(before)
+        transformers.logging.enable_progress_bar()
 
 
 def _not_found(path: str, what: str, error: BaseException) -> str:

@@ -22,8 +22,10 @@ from tests.kernels.wkv7.test_wkv7 import (
 )
 
 kernels = interpreted("rwkvtune.kernels.wkv7.triton_gpu")
+shared = interpreted("rwkvtune.kernels.triton_gpu")
 
 EXACT = partial(kernels.wkv7_triton, precision="high")
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def run(
@@ -45,21 +47,6 @@ def run(
     return {
         name: x.detach().double() for name, x in zip(NAMES, (y, final, *gradients), strict=True)
     }
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New tensors are full of NaN: what a kernel leaves out or reads too early shows."""
-
-    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def filled(*args: object, **options: object) -> Tensor:
-            x = make(*args, **options)
-            return x.fill_(float("nan")) if x.is_floating_point() else x
-
-        return filled
-
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
 
 
 @pytest.mark.parametrize(
@@ -104,13 +91,12 @@ def test_documents_that_start_inside_chunks() -> None:
 def test_segments_side_by_side_are_the_sequence(
     monkeypatch: pytest.MonkeyPatch, with_reset: bool
 ) -> None:
-    monkeypatch.setattr(kernels, "SEGMENT_CHUNKS", 2)
-    monkeypatch.setattr(kernels, "PROGRAMS_PER_PROCESSOR", 3)
+    monkeypatch.setattr(shared, "SEGMENT_CHUNKS", 2)
+    monkeypatch.setattr(shared, "PROGRAMS_PER_PROCESSOR", 3)
     inputs, state = make_inputs(1, 101, 1, 32)
     reset = torch.zeros(1, 101, dtype=torch.bool)
     reset[0, [40, 77]] = True
-    shape = kernels._Shape(inputs[0], 16)
-    assert shape.segments == 3
+    assert shared.Spread(inputs[0], 16).segments == 3
     truth = run(wkv7_reference, inputs, state, torch.float64, reset if with_reset else None)
     ours = run(EXACT, inputs, state, torch.float32, reset if with_reset else None)
     assert_close(ours, truth, 4e-6)

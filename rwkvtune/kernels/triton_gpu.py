@@ -1,0 +1,171 @@
+"""What the Triton kernels of the recurrences share: tiles of a chunk, and how a sequence is spread
+over a device.
+
+Kernels that go chunk after chunk run one program per head and block of values, since the columns
+of the state, written X = Sᵀ [key, value], do not see each other. Where batch times heads is too
+small to fill the device, the sequence is cut into segments that run side by side: Xn = Mᵀ X0 + H
+holds for a segment as it does for a token; M and H come from two runs of the forward kernel (from
+the identity without values, and from zero), and a short loop over the segments gives each its
+entering state. The backward does the same with Mᵀ in reverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .calls import without_autocast
+
+CHUNK_LEN = 16
+"""Tokens per chunk. With 32 the kernels keep half the states and compute more; compiled for sm_90
+their tiles no longer fit into registers."""
+VALUES_PER_PROGRAM = 32
+"""Columns of the state that one program of the sequential kernels carries; 64 spill registers."""
+PROGRAMS_PER_PROCESSOR = 2
+"""Below so many sequential programs for each multiprocessor, the sequence is cut into segments."""
+SEGMENT_CHUNKS = 16
+"""A segment has at least so many chunks: its two extra runs cost as much as its own one."""
+
+
+@triton.jit
+def dot(x, y, PRECISION: tl.constexpr):
+    return tl.dot(x, y, input_precision=PRECISION)
+
+
+@triton.jit
+def place(bh, chunk, T, H, N: tl.constexpr, n: tl.constexpr):
+    """Where a chunk's first token is in a [B,T,H,N] tensor, the offsets [n, 1] of its tokens from
+    there, and which of them exist. Only the first number needs 64 bits: one register pair for a
+    tile instead of one for each of its elements."""
+    row = tl.arange(0, n)
+    origin = ((bh // H).to(tl.int64) * T + chunk * n) * H * N + (bh % H) * N
+    return origin, (row * (H * N))[:, None], (chunk * n + row < T)[:, None]
+
+
+@triton.jit
+def read(x, origin, tile, exists):
+    return tl.load(x + origin + tile, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def write(x, origin, tile, exists, value):
+    tl.store(x + origin + tile, value.to(x.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def documents(reset, bh, chunk, T, H, n: tl.constexpr, HAS_RESET: tl.constexpr):
+    """Which document of the chunk each token is in, 0 being the one that began before it."""
+    document = tl.zeros([n], tl.int32)
+    if HAS_RESET:
+        token = chunk * n + tl.arange(0, n)
+        starts = tl.load(reset + (bh // H).to(tl.int64) * T + token, mask=token < T, other=0)
+        document = tl.cumsum(starts.to(tl.int32), 0)
+    return document
+
+
+@triton.jit
+def triangle(product, document, n: tl.constexpr, STRICT: tl.constexpr):
+    """product [n, n] where the token of the row may see that of the column, else 0."""
+    token = tl.arange(0, n)
+    if STRICT:
+        seen = token[:, None] > token[None, :]
+    else:
+        seen = token[:, None] >= token[None, :]
+    return tl.where(seen & (document[:, None] == document[None, :]), product, 0.0)
+
+
+class Spread:
+    """The sizes and the grid of one call."""
+
+    def __init__(self, r: Tensor, chunk_len: int) -> None:
+        self.B, self.T, self.H, self.N = r.shape
+        self.chunks = triton.cdiv(self.T, chunk_len)
+        self.chunk_len = chunk_len
+        self.parts = max(1, self.N // VALUES_PER_PROGRAM)
+        wanted = PROGRAMS_PER_PROCESSOR * _processors(r.device)
+        programs = self.B * self.H * self.parts
+        self.segments = max(1, min(wanted // programs, self.chunks // SEGMENT_CHUNKS))
+        self.chunks_per_segment = triton.cdiv(self.chunks, self.segments)
+        self.segments = triton.cdiv(self.chunks, self.chunks_per_segment)
+
+    @property
+    def sequential(self) -> tuple[int, int, int]:
+        return self.parts, self.B * self.H, self.segments
+
+    @property
+    def parallel(self) -> tuple[int, int]:
+        return self.chunks, self.B * self.H
+
+    @property
+    def values(self) -> int:
+        """Columns of the state per program of the sequential kernels."""
+        return self.N // self.parts
+
+    def states(self, like: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return like.new_empty(self.B, self.H, count, self.N, self.N, dtype=dtype)
+
+    def kept_states(self, like: Tensor, precision: str) -> Tensor:
+        """Room for the state that enters each chunk, until the backward."""
+        is_short = like.dtype != torch.float32 and precision == "tf32"
+        return self.states(like, self.chunks, torch.bfloat16 if is_short else torch.float32)
+
+    def run_segments(
+        self, run: Callable[..., Tensor], state: Tensor | None, keep: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run a forward kernel over the sequence; returns the final state [B, H, N, N] and, of
+        several segments, what each does to a state.
+
+        run(entering, IDENTITY=, WRITE_Y=, WRITE_STATES=) gives the state that leaves each segment.
+        """
+        entering, transfers = None if state is None else state.contiguous(), None
+        if self.segments > 1:
+            alone = {"WRITE_Y": False, "WRITE_STATES": False}
+            transfers = run(None, IDENTITY=True, **alone)
+            entering = _scan(run(None, IDENTITY=False, **alone), transfers, entering)
+        final = run(entering, IDENTITY=False, WRITE_Y=True, WRITE_STATES=keep)
+        return final[:, :, -1].contiguous(), transfers
+
+    def run_segments_back(
+        self, run: Callable[..., Tensor], d_final: Tensor, transfers: Tensor | None
+    ) -> Tensor:
+        """Run a kernel of state gradients; returns that of the initial state.
+
+        run(d_leaving, write) gives the gradient of the state that entered each segment.
+        """
+        d_leaving = d_final.contiguous()
+        if transfers is not None:
+            backwards = transfers.mT.flip(2)
+            d_leaving = _scan(run(None, False).flip(2), backwards, d_leaving).flip(2)
+        return run(d_leaving, True)[:, :, 0].contiguous()
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # the interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def operands_of(dtype: torch.dtype, precision: str) -> str:
+    """Triton's name for a precision. AMD's matrix units know no tf32."""
+    if torch.version.hip:
+        return "ieee"
+    may_round = dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if precision == "default" and may_round else "tf32x3"
+
+
+def _scan(own: Tensor, transfers: Tensor, first: Tensor | None) -> Tensor:
+    """The state that enters each segment: first, then S_next = S transfer + own, in turn.
+
+    own, transfers: [B, H, segments, N, N].  first: [B, H, N, N] or None for zeros.
+    """
+    entering = torch.empty_like(own)
+    S = torch.zeros_like(own[:, :, 0]) if first is None else first
+    with without_autocast(own.device.type):
+        for i in range(own.shape[2]):
+            entering[:, :, i] = S
+            S = S @ transfers[:, :, i] + own[:, :, i]
+    return entering

@@ -1,0 +1,931 @@
+"""Training of a vision adapter, and of the language model with it: the recipe, and the order in
+which such a run is put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rwkvtune.adapters.adapter import Adapter as Peft
+from rwkvtune.adapters.adapter import attach, store_frozen
+from rwkvtune.adapters.base import Base, base_of
+from rwkvtune.adapters.quant import quantize
+from rwkvtune.adapters.settings import AdapterSettings
+from rwkvtune.checkpoint import load_resume_meta, newest_resume_state, save_weights
+from rwkvtune.data.batch import IGNORED_TARGET
+from rwkvtune.data.feature_cache import Dtype, FeatureCache
+from rwkvtune.data.images import PictureStore, Preprocessing
+from rwkvtune.data.llava import RecordFile
+from rwkvtune.data.prefetch import prefetched
+from rwkvtune.data.tokenizers import Tokenizer, save_tokenizer
+from rwkvtune.data.visual import IMAGE_PAD, Assembly, BucketedOrder, VisualBatch, VisualDataset
+from rwkvtune.errors import MissingFileError, UserError
+from rwkvtune.files import RunFolderLock, atomic_write, remove_leftovers
+from rwkvtune.inference.generate import evaluating
+from rwkvtune.inference.vision import (
+    ABOUT_FILE,
+    EARLIER_STAGE,
+    SavedAdapter,
+    check_widths,
+    describe,
+    find_adapter,
+    language_model_weights,
+    open_encoder,
+    read_adapter,
+    tokenizer_for,
+)
+from rwkvtune.kernels.dispatch import announce, resolve
+from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
+from rwkvtune.models import (
+    ModelConfig,
+    build_model,
+    config_from_state_dict,
+    fill_model,
+)
+from rwkvtune.models.vision.config import AdapterConfig
+from rwkvtune.models.vision.encoders import Encoder
+from rwkvtune.models.vision.model import (
+    PUBLISHED_PREFIX,
+    Adapter,
+    VisionLanguageModel,
+    labelled_rows,
+)
+from rwkvtune.training.config import OptimizerOptions
+from rwkvtune.training.fabric import (
+    finish,
+    launched,
+    make_fabric,
+    planned_world_size,
+    unwrapped,
+    whole,
+)
+from rwkvtune.training.log import RunLog
+from rwkvtune.training.loop import fit
+from rwkvtune.training.memory import PeakMemory, free_memory, keep_freed_memory
+from rwkvtune.training.optim import build_optimizer
+from rwkvtune.training.plan import Plan
+from rwkvtune.training.run import draw_if_outdated, write_settings
+from rwkvtune.training.run_state import Progress, RunState, read_state
+from rwkvtune.training.schedule import Schedule
+from rwkvtune.training.vision_config import CONFIRMED, VisionConfig, changes_refused
+from rwkvtune.training.vision_plan import VisionSizes, largest_fitting, make_plan, memory_estimate
+
+PUBLISHED_PEFT = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.01}
+"""LoRA's settings in upstream where none are given."""
+LR_KINDS = {"wsd": "wsd_cosine", "wsd_stable": "wsd"}
+"""Names of schedules here -> in Schedule, where they differ."""
+DATA_SEED = 7919
+"""Beside the seed of the initial adapter, so that both may be drawn from one number."""
+
+
+class VisionRecipe:
+    """The answers of dialogues about pictures, predicted token by token."""
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        plan: Plan,
+        data: VisualDataset,
+        validation: VisualDataset | None,
+        fabric: Any,
+        log: RunLog,
+    ) -> None:
+        self.config, self.plan, self.data = config, plan, data
+        self.validation, self.fabric, self.log = validation, fabric, log
+        self.measured: dict[str, float] = {}
+        """The latest validation."""
+        self.order = BucketedOrder(
+            data.lengths,
+            global_bsz=plan.global_bsz,
+            window_steps=config.bucket_steps if config.data_shuffle else 1,
+            seed=config.random_seed + DATA_SEED,
+            shuffle=config.data_shuffle,
+        )
+
+    def batches(self, progress: Progress) -> Iterator[list[VisualBatch]]:
+        return prefetched(map(self._batches_of, count(progress.step)))
+
+    def _batches_of(self, step: int) -> list[VisualBatch]:
+        """This rank's micro-batches of one step."""
+        shares = self.order.micro_batches(
+            step,
+            micro_bsz=self.plan.micro_bsz,
+            rank=self.fabric.global_rank,
+            world_size=self.plan.world_size,
+        )
+        return [self.data.batch(numbers.tolist()) for numbers in shares]
+
+    def loss(
+        self, model: nn.Module, batch: VisualBatch, carry: None
+    ) -> tuple[Tensor, int, None, dict[str, float]]:
+        for news in self.data.problems.take_news():
+            self.log.line(news)
+        return _loss_sum(model, batch), batch.target_tokens, None, {}
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        if self.validation is None:
+            return {}
+        ranks, total = self.plan.world_size, torch.zeros(2, dtype=torch.float64)
+        with evaluating(model):
+            size = self.plan.micro_bsz
+            for first in range(0, len(self.validation), size * ranks):
+                mine = range(first + self.fabric.global_rank, len(self.validation), ranks)[:size]
+                # A rank that has run out still takes part.
+                batch = self.validation.batch(list(mine) or [first]).to(self.fabric.device)
+                if mine:
+                    loss = _loss_sum(model, batch)
+                    total += torch.tensor([float(loss), batch.target_tokens])
+        if ranks > 1:
+            total = self.fabric.all_reduce(total.to(self.fabric.device), reduce_op="sum").cpu()
+        mean = float(total[0] / total[1].clamp_min(1))
+        self.measured = {"val_loss": mean, "val_perplexity": float(torch.tensor(mean).exp())}
+        return self.measured
+
+    def sample(self, model: nn.Module, step: int) -> str | None:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # batches are a pure function of the step
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert not state, f"a vision recipe has no state of its own, found {list(state)}"
+
+
+def _loss_sum(model: nn.Module, batch: VisualBatch) -> Tensor:
+    """Sum of the cross entropies of a batch's targets; the head runs on their positions alone."""
+
+    def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        rows, targets = labelled_rows(hidden, batch.targets, IGNORED_TARGET)
+        return head_cross_entropy(rows, weight, targets, l2wrap=0.0)
+
+    loss, _ = model(
+        batch.input_ids,
+        image_positions=batch.image_positions,
+        image_rows=batch.image_rows,
+        pixels=batch.pixels,
+        features=batch.features,
+        head=head,
+    )
+    total: Tensor = loss
+    return total
+
+
+@dataclass(kw_only=True)
+class VisionState(RunState):
+    """Saves what is trained; the frozen rest is referred to."""
+
+    config: VisionConfig
+    about: dict[str, Any]
+    """For adapter_config.json."""
+    peft: Peft | None
+    written_at: int = -1
+    """The step of the newest adapter-<k>."""
+
+    def save(self, run_folder: Path, *, write: bool) -> Path:
+        """The resume state, and, where no other adapter is of its step, adapter-latest.safetensors,
+        so that a run that was stopped can be used."""
+        saved = super().save(run_folder, write=write)
+        if write and self.progress.step and self.written_at != self.progress.step:
+            self._write_adapter(run_folder, "latest")
+        elif write:
+            (run_folder / "adapter-latest.safetensors").unlink(missing_ok=True)
+        return saved
+
+    def weights(self) -> dict[str, Tensor]:
+        model = unwrapped(self.model)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        return {name: whole(p.detach()) for name, p in trained.items()}
+
+    def write_weights(self, run_folder: Path, label: str, *, dtype: str, write: bool) -> None:
+        """adapter-<k>.safetensors, and rwkv-<k>.pth or lora-<k>/ for what else was trained."""
+        if label == "init" or not write:  # nothing is sharded
+            return
+        if label.isdecimal():
+            label = str(self.config.epoch_begin + int(label))
+        model, adapter, encoder = self._parts()
+        # Last the adapter: it is what tells that the others are there.
+        if self.peft is not None:
+            tensors = model.llm.state_dict()
+            own = {name: tensors[name] for name in self.peft.tensors}
+            self.peft.save(model.llm, own, run_folder / f"lora-{label}")
+        if self.config.save_full or ("rwkv" in self.config.parts and self.peft is None):
+            full = self._language_model(model, run_folder / f"lora-{label}")
+            full |= {PUBLISHED_PREFIX + name: tensor for name, tensor in adapter.items()}
+            full |= {f"modality.world_encoder.model.{n}": t for n, t in encoder.items()}
+            save_weights(run_folder / f"rwkv-{label}.pth", full, dtype=dtype)
+        self._write_adapter(run_folder, label)
+        self.written_at = self.progress.step
+
+    def _parts(self) -> tuple[VisionLanguageModel, dict[str, Tensor], dict[str, Tensor]]:
+        """(the model, its adapter's tensors, the encoder's where they are trained)."""
+        model = unwrapped(self.model)
+        assert isinstance(model, VisionLanguageModel)
+        adapter = {n: t.detach() for n, t in model.adapter.state_dict().items()}
+        is_trained = "encoder" in self.config.parts
+        inner = model.encoder.get_submodule("model")
+        return model, adapter, dict(inner.state_dict()) if is_trained else {}
+
+    def _write_adapter(self, run_folder: Path, label: str) -> None:
+        _, adapter, encoder = self._parts()
+        about = self.about | {"step": self.progress.step}
+        atomic_write(run_folder / ABOUT_FILE, lambda file: file.write(describe(about)))
+        save_weights(
+            run_folder / f"adapter-{label}.safetensors",
+            adapter | {f"encoder.{name}": tensor for name, tensor in encoder.items()},
+        )
+
+    def _language_model(self, model: VisionLanguageModel, lora_folder: Path) -> dict[str, Tensor]:
+        """All of it, in full precision: what was trained, or the file that it came from."""
+        if "rwkv" not in self.config.parts:
+            return language_model_weights(Path(self.config.load_model))[0]
+        if self.peft is None:
+            return {name: p.detach() for name, p in model.llm.state_dict().items()}
+        from rwkvtune.adapters.adapter import merge
+        from rwkvtune.inference.vision import load_language_model
+
+        base = self.config.load_model
+        return dict(merge(load_language_model(Path(base)), base, lora_folder).state_dict())
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run that nothing speaks against, before anything of it exists."""
+
+    llm: ModelConfig
+    llm_weights: dict[str, Tensor]
+    tokenizer: Tokenizer
+    encoder: Encoder
+    preprocessing: Preprocessing
+    adapter: AdapterConfig
+    start: SavedAdapter | None
+    """The adapter that the run begins with; None = initial values, or those of the resume state."""
+    data: VisualDataset
+    validation: VisualDataset | None
+    data_files: tuple[Path, ...]
+    caches: tuple[tuple[VisualDataset, FeatureCache], ...]
+    """Data sets whose pictures come from a cache of features."""
+    plan: Plan
+    sizes: VisionSizes
+    resume: Path | None
+    progress: Progress
+    settings: dict[str, Any]
+    earlier: Path | None
+    """A run of another stage in this folder, whose files are moved aside."""
+    notes: list[str]
+
+
+def train_vision(
+    config: VisionConfig, *, notes: Sequence[str] = (), rows: Sequence[tuple[str, str]] = ()
+) -> int:
+    """Train an adapter, or go on training it, as `config` says; docs/vision.md lists the files that
+    appear in proj_dir. Returns the exit code.
+
+    notes: lines to print at the start.  rows: names and values to print above the table of the run.
+    All that can be refused is refused before the run folder is touched. UserError says what is
+    wrong. In a distributed run this does not return: each process ends here with the exit code.
+    """
+    problems = config.problems()
+    if problems:
+        raise UserError("; ".join(problems))
+    said = list(notes)
+    fabric = _fabric(config, said)
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
+    job = _prepare(config, planned_world_size(fabric), fabric.device, said)
+    if job.progress.step >= job.plan.total_steps:
+        if fabric.is_global_zero:
+            print(
+                f"{config.proj_dir}: this run is finished, at step {job.progress.step} "
+                f"({job.plan.total_steps} asked for); a larger epoch_count goes on from here"
+            )
+        return 0
+    summary = f"step {job.progress.step} of {job.plan.total_steps}, {job.settings['data']}"
+    with launched(fabric, threads=config.threads, same_for_all=summary):
+        try:
+            exit_code = _run(config, job, fabric, rows)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory: {str(error).splitlines()[0]} A smaller --micro_bsz with more "
+                "--accumulate_grad_batches needs less, and so does --grad_cp"
+            ) from error
+        finish(fabric, exit_code)
+    return exit_code
+
+
+def _fabric(config: VisionConfig, notes: list[str]) -> Any:
+    devices = config.device_options
+    fabric = make_fabric(devices, say=notes.append)
+    if config.strategy in ("auto", "ddp"):
+        return fabric
+    if planned_world_size(fabric) > 1:
+        notes.append(
+            f"strategy {config.strategy}: every device keeps the whole model, and gradients are "
+            "averaged (ddp); the optimizer's states belong to what is trained, with the same "
+            "mathematics"
+        )
+    else:
+        notes.append(
+            f"strategy {config.strategy}: one device has nothing to shard, so this is a plain run, "
+            "with the same mathematics"
+        )
+    return fabric
+
+
+def _prepare(config: VisionConfig, world_size: int, device: torch.device, notes: list[str]) -> _Job:
+    """Look at all that the run needs, and raise UserError for what is wrong; writes nothing."""
+    folder = Path(config.proj_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"proj_dir={folder} is a file; give a folder, existing or new")
+    resume, earlier = _resume_state(config, folder, notes)
+    weights, has_adapter = language_model_weights(Path(config.load_model))
+    llm = config_from_state_dict(weights)
+    if llm.version != "x070":
+        raise UserError(f"{config.load_model} is {llm.version}: vision training needs x070 weights")
+    _confirm_shapes(config, llm, notes)
+    tokenizer = tokenizer_for(Path(config.load_model), llm.vocab_size, config.tokenizer)
+    if config.form == "placeholder" and llm.vocab_size <= IMAGE_PAD:
+        raise UserError(
+            f"form=placeholder uses the ids up to {IMAGE_PAD}, {config.load_model} knows 0 to "
+            f"{llm.vocab_size - 1}: use form=prefix"
+        )
+    files = data_files(Path(config.data_file))
+    trained = "encoder" in config.parts
+    dtype = torch.bfloat16 if config.precision == "bf16" and not trained else torch.float32
+    encoder, preprocessing = open_encoder(config.encoder_path, config.encoder_type, dtype)
+    start = None if resume else _starting_adapter(config, folder, has_adapter, encoder, notes)
+    adapter = _adapter_config(config, llm, encoder, start)
+    assembly = Assembly(
+        tokenizer,
+        adapter.num_tokens(encoder.num_tokens),
+        form=config.form,
+        keep_image_tag=config.keep_image_tag,
+    )
+    _check_room(config, assembly)
+    data = open_data(config, files, assembly, preprocessing)
+    validation = None
+    if config.val_data_file:
+        others = data_files(Path(config.val_data_file))
+        validation = open_data(config, others, assembly, preprocessing)
+    caches = _open_caches(config, encoder, [data, *([validation] if validation else [])])
+    plan, uneven = make_plan(
+        config,
+        world_size=world_size,
+        num_samples=len(data),
+        tokens_per_sample=float(data.lengths.clip(max=config.ctx_len).mean()),
+    )
+    notes += [*uneven, *config.without_effect()]
+    if config.lr_schedule in ("wsd", "wsd_cosine"):
+        notes.append(
+            f"lr_schedule {config.lr_schedule}: world_train.py's curve, 100 steps up from 0, then "
+            "half a cosine wave to 0, without a plateau and with lr_final unused; "
+            "--lr_schedule wsd_stable has a plateau"
+        )
+        if plan.total_steps <= 100:
+            notes.append(
+                f"this run has {plan.total_steps} steps, so it ends while the learning rate still "
+                "rises"
+            )
+    sizes = VisionSizes(
+        llm,
+        adapter,
+        sum(p.numel() for p in encoder.parameters()),
+        3 * preprocessing.shape[0] * preprocessing.shape[1],
+        int(data.lengths.max()),
+        data.label_tokens,
+    )
+    progress, before = Progress(), {}
+    if resume is not None:
+        meta = load_resume_meta(resume)
+        progress, before = Progress(**meta["progress"]), meta["settings"]
+    settings = _settings(config, plan, llm, encoder.fingerprint, files)
+    refused = changes_refused(before, settings)
+    if refused:
+        raise UserError(
+            f"{folder} holds a run with other settings: {'; '.join(refused)}. Give the old values "
+            "to go on, or another proj_dir for a new run"
+        )
+    return _Job(
+        llm, weights, tokenizer, encoder, preprocessing, adapter, start, data,
+        validation, files, caches, plan, sizes, resume, progress, settings, earlier, notes,
+    )  # fmt: skip
+
+
+def _resume_state(
+    config: VisionConfig, folder: Path, notes: list[str]
+) -> tuple[Path | None, Path | None]:
+    """(the state to go on from, or None; the newest of a run of another stage in the folder)."""
+    state = newest_resume_state(folder, report=notes.append)
+    if state is not None and config.resume == "never":
+        raise UserError(
+            f"{folder} already holds a run and resume=never: choose another proj_dir, or --resume "
+            "auto to go on"
+        )
+    if state is None:
+        if config.resume == "required":
+            raise UserError(f"{folder} holds no run to go on with and resume=required")
+        others = [p.name for p in folder.glob("rwkv-*.pth")]
+        if others and find_adapter(folder) is None:
+            raise UserError(
+                f"{folder} holds a run of language-model training ({others[0]}): give another "
+                "proj_dir"
+            )
+        return None, None
+    settings = load_resume_meta(state)["settings"]
+    if "parts" not in settings:
+        raise UserError(f"{folder} holds a run of another kind: give another proj_dir")
+    if (settings["parts"], settings["peft"]) == (sorted(config.parts), config.peft):
+        return state, None
+    return None, state
+
+
+def _confirm_shapes(config: VisionConfig, llm: ModelConfig, notes: list[str]) -> None:
+    """Warn of dimensions in flags that the file contradicts, or refuse them."""
+    found = dataclasses.asdict(llm)
+    wrong = [
+        f"{name} {getattr(config, name)} (the file's is {found[name]})"
+        for name in CONFIRMED
+        if getattr(config, name) not in (None, 0, found[name])
+    ]
+    if not wrong:
+        return
+    text = f"wrong shapes for {config.load_model}: {', '.join(wrong)}"
+    if config.strict_shape:
+        raise UserError(f"{text}; leave them out, or --strict_shape 0 to take the file's")
+    notes.append(f"warning: {text}; the file's are used")
+
+
+def data_files(path: Path) -> tuple[Path, ...]:
+    """The JSON files of a data set; the folder of pictures is `picture_folder` of them."""
+    if path.is_file():
+        return (path,)
+    if not path.is_dir():
+        raise MissingFileError(f"data_file={path}: there is no such folder or file")
+    for name in ("chat.json", "chat.jsonl"):
+        if (path / name).is_file():
+            return (path / name,)
+    texts = sorted([*path.glob("text/*.json"), *path.glob("text/*.jsonl")])
+    if not texts:
+        here = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+        raise UserError(
+            f"{path} has neither chat.json nor chat.jsonl nor text/*.json; it has {here}"
+        )
+    return tuple(texts)
+
+
+def picture_folder(files: Sequence[Path]) -> Path:
+    parent = files[0].parent
+    return parent.parent if parent.name == "text" else parent
+
+
+class _Joined:
+    """The records of several files, one after the other."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files = [RecordFile(path) for path in files]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.files))
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        for file in self.files:
+            if number < len(file):
+                return file[number]
+            number -= len(file)
+        raise IndexError(number)
+
+
+def open_data(
+    config: VisionConfig, files: Sequence[Path], assembly: Assembly, preprocessing: Preprocessing
+) -> VisualDataset:
+    return VisualDataset(
+        _Joined(files),
+        PictureStore(picture_folder(files)),
+        assembly,
+        preprocessing,
+        ctx_len=config.ctx_len,
+        on_bad=config.on_bad_data,
+        num_workers=config.num_workers,
+    )
+
+
+def _open_caches(
+    config: VisionConfig, encoder: Encoder, data_sets: Sequence[VisualDataset]
+) -> tuple[tuple[VisualDataset, FeatureCache], ...]:
+    """One for each data set, checked; nothing is written."""
+    if not config.feature_cache:
+        return ()
+    own: Dtype = "bf16" if next(encoder.parameters()).dtype == torch.bfloat16 else "fp32"
+    caches = []
+    for number, data in enumerate(data_sets):
+        folder = Path(config.feature_cache, *["validation"] * number)
+        cache = FeatureCache(
+            folder,
+            data.pictures,
+            fingerprint=encoder.fingerprint,
+            tokens=encoder.num_tokens,
+            width=encoder.width,
+            dtype=own if config.feature_cache_dtype == "exact" else config.feature_cache_dtype,
+        )
+        needed = cache.bytes_for(len(data.picture_names()))
+        if 0 < config.cache_limit_gb * 1e9 < needed:
+            raise UserError(
+                f"feature_cache would take {needed / 1e9:.2f} GB for the pictures of "
+                f"{data.pictures.folder}, more than cache_limit_gb={config.cache_limit_gb:g}"
+            )
+        caches.append((data, cache))
+    return tuple(caches)
+
+
+def _fill_caches(job: _Job, fabric: Any, log: RunLog) -> None:
+    """Encode what is not cached yet, on rank zero, and let the data sets read from there."""
+    encoder = job.encoder.to(fabric.device)
+    for data, cache in job.caches:
+
+        def encode(
+            names: Sequence[str], data: VisualDataset = data
+        ) -> Iterator[tuple[str, Tensor]]:
+            seen = [
+                (name, pixels) for name in names if (pixels := data.try_pixels(name)) is not None
+            ]
+            if seen:
+                stacked = torch.stack([torch.from_numpy(pixels) for _, pixels in seen])
+                yield from zip(
+                    [name for name, _ in seen], encoder(stacked.to(fabric.device)), strict=True
+                )
+
+        if fabric.is_global_zero:
+            added = cache.fill(data.picture_names(), encode)
+            log.line(
+                f"feature cache {cache.folder}: {len(cache):,} pictures, {added:,} of them new, "
+                f"{cache.bytes_for(len(cache)) / 1e9:.2f} GB in {cache.dtype}"
+            )
+        if fabric.world_size > 1:
+            fabric.barrier()
+            cache.reload()
+        data.features_of = cache.read
+
+
+def _starting_adapter(
+    config: VisionConfig, folder: Path, has_adapter: bool, encoder: Encoder, notes: list[str]
+) -> SavedAdapter | None:
+    """The trained adapter that a new run begins with; None = initial values.
+
+    UserError where the language model would be trained on an adapter that has learned nothing.
+    """
+    path = Path(config.load_adapter) if config.load_adapter else None
+    if path is None and config.parts != {"adapter"}:
+        path = find_adapter(folder)
+        if path is None and has_adapter:
+            path = Path(config.load_model)
+        if path is None:
+            raise UserError(
+                f"train_step {config.train_step} begins with a trained adapter, and there is none: "
+                f"give --load_adapter FILE or the proj_dir of stage 1 (--train_step adapter); "
+                f"{folder} has no adapter-*.safetensors"
+            )
+    if path is None:
+        if has_adapter:
+            notes.append(
+                f"{config.load_model} has an adapter too, which a new one replaces; --load_adapter "
+                f"{config.load_model} would go on with it"
+            )
+        return None
+    saved = read_adapter(path, encoder_width=encoder.width)
+    check_widths(saved, encoder)
+    notes.append(f"the adapter comes from {saved.path}: all {len(saved.weights)} tensors of it")
+    if saved.encoder_weights:
+        encoder.model.load_state_dict(saved.encoder_weights)
+        notes.append("and the encoder's weights, which were trained with it")
+    return saved
+
+
+def _adapter_config(
+    config: VisionConfig, llm: ModelConfig, encoder: Encoder, start: SavedAdapter | None
+) -> AdapterConfig:
+    if start is not None:
+        if start.config.n_embd != llm.n_embd:
+            raise UserError(
+                f"{start.path} is for models of width {start.config.n_embd}, {config.load_model} "
+                f"has {llm.n_embd}"
+            )
+        return start.config
+    is_mlp = config.adapter_form == "mlp"
+    kernel, stride = config.conv
+    return AdapterConfig(
+        encoder.width,
+        llm.n_embd,
+        (config.adapter_hidden or 4 * llm.n_embd) if is_mlp else 0,
+        kernel,
+        stride,
+        config.adapter_shuffle,
+        norm=is_mlp,
+    )
+
+
+def _check_room(config: VisionConfig, assembly: Assembly) -> None:
+    if assembly.image_tokens >= config.ctx_len:
+        raise UserError(
+            f"a picture takes {assembly.image_tokens} tokens, which leaves nothing of ctx_len "
+            f"{config.ctx_len} for an answer: give a larger ctx_len, or --adapter_conv 3,2"
+        )
+
+
+def _settings(
+    config: VisionConfig, plan: Plan, llm: ModelConfig, encoder_id: str, files: Sequence[Path]
+) -> dict[str, Any]:
+    """What a resume compares, with what was left open replaced by what it came to."""
+    return dataclasses.asdict(config) | {
+        "parts": sorted(config.parts),
+        "steps_per_epoch": plan.epoch_steps,
+        "global_batch": plan.global_bsz,
+        "data": "; ".join(map(_fingerprint, files)),
+        "encoder": encoder_id,
+        "version": llm.version,
+        "model": dataclasses.asdict(llm),
+    }
+
+
+def _fingerprint(path: Path) -> str:
+    """Tells another file of the same name: size, and a checksum over both ends."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        crc = zlib.crc32(file.read(1 << 20))
+        file.seek(max(0, size - (1 << 20)))
+        crc = zlib.crc32(file.read(), crc)
+    return f"{size} bytes, crc32 {crc:08x}"
+
+
+def _build_model(
+    config: VisionConfig, job: _Job
+) -> tuple[VisionLanguageModel, Base, Peft | None, str]:
+    """(the model as the run begins, its base, LoRA if any, how the base is kept, in words)."""
+    saved = None if job.resume is None else read_state(job.resume)
+    torch.manual_seed(config.random_seed)
+    adapter = Adapter(job.adapter)
+    if job.start is not None:
+        adapter.load_state_dict(job.start.weights)
+    llm = build_model(job.llm, initial_values=False)
+    fill_model(llm, job.llm_weights, config.load_model)
+    llm.grad_cp, llm.backend = config.grad_cp, config.kernel
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    peft, words = None, "in full precision"
+    if config.peft != "none":
+        extra = json.loads(config.peft_config) if config.peft_config else PUBLISHED_PEFT
+        settings = AdapterSettings(config.peft, quant=config.quant, peft_config=extra)
+        values = None
+        if saved is not None:
+            values = {n[4:]: t for n, t in saved.model.items() if n.startswith("llm.")}
+        peft = attach(llm, settings, config.load_model, saved=values, compute_dtype=dtype)
+        base = peft.base
+        words = peft.quantized.in_words() if peft.quantized else words
+    else:
+        base = base_of(llm, config.load_model)
+        if "rwkv" not in config.parts:
+            llm.requires_grad_(False)
+            if config.quant != "none":
+                words = quantize(llm, config.quant).in_words()
+            store_frozen(llm, dtype)
+    job.encoder.requires_grad_("encoder" in config.parts)
+    adapter.requires_grad_("adapter" in config.parts)
+    model = VisionLanguageModel(llm, job.encoder, adapter)
+    if saved is not None:
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        if trained != set(saved.model):
+            raise UserError(f"{job.resume} holds other tensors than this run trains")
+        model.load_state_dict(saved.model, strict=False)
+    return model, base, peft, words
+
+
+def _run(config: VisionConfig, job: _Job, fabric: Any, rows: Sequence[tuple[str, str]]) -> int:
+    """Put the run together and train; returns the exit code."""
+    folder, plan, is_zero = Path(config.proj_dir), job.plan, fabric.is_global_zero
+    memory = PeakMemory(fabric.device.type)
+    log = RunLog(
+        folder,
+        total_steps=plan.total_steps,
+        log_every=config.log_every,
+        is_rank_zero=is_zero,
+        tensorboard=config.tensorboard,
+        wandb_project=config.wandb,
+    )
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
+    kernel = resolve(job.llm.kernel, fabric.device.type, dtype, job.llm.head_size, config.kernel)
+    announce(job.llm.kernel, kernel, is_known=True)  # the table shows it
+    with RunFolderLock(folder) if is_zero else nullcontext():
+        if is_zero and job.earlier is not None:
+            _move_aside(folder, job.notes)
+        model, base, peft, kept = _build_model(config, job)
+        recipe = VisionRecipe(config, plan, job.data, job.validation, fabric, log)
+        state = _build_state(config, job, fabric, recipe, model, _about(config, job, base), peft)
+        if is_zero:
+            remove_leftovers(folder)
+            remove_leftovers(folder / "resume")
+            write_settings(dataclasses.asdict(config), folder / "config.yaml")
+            save_tokenizer(job.tokenizer, folder)
+        log.start(
+            dataclasses.asdict(config),
+            f"vision L{job.llm.n_layer} D{job.llm.n_embd}",
+            step=job.progress.step,
+            epoch=job.progress.epoch,
+        )
+        try:
+            for note in [*job.notes, *job.data.problems.take_news()]:
+                log.line(note)
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            kernel_words = f"{job.llm.kernel} {kernel.backend} ({kernel.reason})"
+            table = _table(config, job, fabric.device, memory, trained, kept)
+            log.table([*rows, *table, ("kernel", kernel_words), ("run folder", config.proj_dir)])
+            _fill_caches(job, fabric, log)
+            stopped = fit(
+                fabric,
+                state,
+                recipe,
+                plan,
+                make_schedule(config, plan),
+                OptimizerOptions(grad_clip=config.grad_clip),
+                config.output_options,
+                log,
+            )
+            for news in job.data.problems.take_news():
+                log.line(news)
+            if job.data.problems.counts:
+                log.line(f"left out: {job.data.problems.in_words()}")
+            if (used := memory.used()) is not None:
+                log.line(f"memory used {used / 1e9:.2f} GB")
+        finally:
+            log.close()
+        if is_zero:
+            draw_if_outdated(folder)
+    if stopped is None and is_zero:
+        print(f"done: {folder / 'adapter-final.safetensors'}")
+    return stopped.exit_code if stopped else 0
+
+
+def _move_aside(folder: Path, notes: list[str]) -> None:
+    """Put what a run of another stage has written into a folder of its own, where its adapter is
+    still found."""
+    target = folder / EARLIER_STAGE
+    number = 1
+    while target.exists():
+        number += 1
+        target = folder / f"stage-{number}"
+    target.mkdir()
+    names = ("adapter*", "rwkv-*.pth", "lora-*", "resume", "*.csv", "*.png", "config.yaml")
+    # Adapters last: until they have moved, a start after a crash finds the same ones.
+    found = {path for name in names for path in folder.glob(name)}
+    for path in sorted(found, key=lambda path: (path.suffix == ".safetensors", path.name)):
+        path.rename(target / path.name)
+    notes.append(f"the files of the stage before are in {target} now")
+
+
+def _build_state(
+    config: VisionConfig,
+    job: _Job,
+    fabric: Any,
+    recipe: VisionRecipe,
+    model: VisionLanguageModel,
+    about: dict[str, Any],
+    peft: Peft | None,
+) -> VisionState:
+    wrapped = fabric.setup_module(model)
+    optimizer = build_optimizer(
+        unwrapped(wrapped).named_parameters(),
+        lr_init=config.lr_init,
+        betas=(config.beta1, config.beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        layerwise_lr=False,
+        # torch's fused kernel would unscale fp16 gradients by itself, after they were clipped.
+        fused=False if config.precision == "fp16" else "auto",
+    )
+    state = VisionState(
+        wrapped,
+        fabric.setup_optimizers(optimizer),
+        recipe,
+        job.progress,
+        job.settings,
+        fabric.strategy.precision,
+        config=config,
+        about=about,
+        peft=peft,
+    )
+    if job.resume is not None:
+        state.restore(read_state(job.resume))
+    return state
+
+
+def _about(config: VisionConfig, job: _Job, base: Base) -> dict[str, Any]:
+    """adapter_config.json: all that is needed to use the adapter again."""
+    return {
+        "adapter": dataclasses.asdict(job.adapter),
+        "encoder": {
+            "path": config.encoder_path,
+            "type": config.encoder_type,
+            "fingerprint": job.encoder.fingerprint,
+            "tokens": job.encoder.num_tokens,
+        },
+        "tokens_per_picture": job.data.assembly.image_tokens,
+        "template": {"form": config.form, "keep_image_tag": config.keep_image_tag},
+        "tokenizer": config.tokenizer,
+        "base": dataclasses.asdict(base),
+        "quant": config.quant,
+        "peft": config.peft,
+        "trained": sorted(config.parts),
+    }
+
+
+def make_schedule(config: VisionConfig, plan: Plan) -> Schedule:
+    """The learning rate of a run, by optimizer steps."""
+    return Schedule(
+        kind=LR_KINDS.get(config.lr_schedule, config.lr_schedule),  # type: ignore[arg-type]
+        lr_init=config.lr_init,
+        lr_final=config.lr_final,
+        warmup_steps=config.warmup_steps,
+        total_tokens=plan.total_steps,
+        tokens_per_step=1,
+        decay_share=config.decay_share,
+        weight_decay=config.weight_decay,
+    )
+
+
+def _table(
+    config: VisionConfig,
+    job: _Job,
+    device: torch.device,
+    memory: PeakMemory,
+    trained: int,
+    kept: str,
+) -> list[tuple[str, str]]:
+    """What the run prints at its start."""
+    m, plan, data = job.llm, job.plan, job.data
+    parts = ", ".join(sorted(config.parts))
+    peft = "" if config.peft == "none" else f" by {config.peft}"
+    seen = plan.total_steps * plan.global_bsz
+    return [
+        ("language model", f"{m.version} L{m.n_layer} D{m.n_embd} V{m.vocab_size}, {kept}"),
+        (
+            "encoder",
+            f"{config.encoder_path}: {job.encoder.num_tokens} tokens of width {job.encoder.width} "
+            f"per picture of {job.encoder.shape[1]} x {job.encoder.shape[0]}",
+        ),
+        (
+            "adapter",
+            f"{job.adapter.num_parameters:,} parameters, {data.assembly.image_tokens} tokens of "
+            f"width {m.n_embd} per picture",
+        ),
+        ("trained", f"{parts}{peft}: {trained:,} parameters"),
+        ("start", f"resumed from {job.resume}" if job.resume else _start_in_words(job)),
+        ("data", f"{', '.join(map(str, job.data_files))}: {len(data):,} samples"),
+        (
+            "tokens per sample",
+            f"{data.visual_tokens:.0f} of pictures, {data.text_tokens:.1f} of text, of which "
+            f"{data.label_tokens:.1f} are learned",
+        ),
+        (
+            "global batch",
+            f"{plan.global_bsz} samples = {plan.world_size} device(s) x micro_bsz "
+            f"{plan.micro_bsz} x {plan.accumulate} accumulated",
+        ),
+        (
+            "steps",
+            f"{plan.total_steps:,} optimizer steps, {plan.epoch_steps:,} per mini-epoch, from "
+            f"{job.progress.step:,}",
+        ),
+        ("passes over data", f"{seen / len(data):.2f} ({seen:,} samples)"),
+        ("memory", _memory_in_words(config, job, device, memory)),
+        ("precision", f"{config.precision}, {torch.get_num_threads()} CPU threads"),
+    ]
+
+
+def _start_in_words(job: _Job) -> str:
+    return f"adapter {job.start.path}" if job.start else "a new adapter"
+
+
+def _memory_in_words(
+    config: VisionConfig, job: _Job, device: torch.device, memory: PeakMemory
+) -> str:
+    """The estimate, and whether it fits."""
+    needed = memory_estimate(config, job.sizes, device.type) + memory.before
+    words = f"about {needed / 1e9:.2f} GB per device (estimate)"
+    there = free_memory(device.type)
+    if there is None or needed <= there + memory.before:
+        return words
+    words += f"; THIS DOES NOT FIT: the device has {there / 1e9:.1f} GB"
+    fitting = largest_fitting(config, job.plan, job.sizes, device.type, there)
+    if fitting is None:
+        return words + (", also not with micro_bsz 1" if config.grad_cp else "; try --grad_cp 1")
+    micro_bsz, accumulate, bytes_ = fitting
+    return words + (
+        f"; --micro_bsz {micro_bsz} --accumulate_grad_batches {accumulate} keeps the global batch "
+        f"of {job.plan.global_bsz} and needs about {bytes_ / 1e9:.1f} GB"
+    )
