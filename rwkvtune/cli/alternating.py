@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"rwkvtune alternating has no command {argv[0]!r}: there are {', '.join(COMMANDS)}"
         )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # not used, but imported
     return COMMANDS[argv[0]](argv[1:])
 
 

@@ -7,6 +7,7 @@ stopped, or shows the table again.
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def run_alternating_demo(folder: Path) -> int:
     from rwkvtune.training.alternating_config import AlternatingSettings
     from rwkvtune.training.alternating_sweep import cells_of, run_cell, table
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # not used, but imported
     began = time.perf_counter()
     train_path, test_path = write_task(folder / "task", train=TRAIN, test=TEST)
     backbone = _backbone(folder / "backbone")

@@ -43,7 +43,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"from": "human", "value": "<image>\nA or B?"},
         {"from": "gpt", "value": "B"},
     ]
-    llava = [{"id": "x", "image": "images/0.png", "conversations": talk, "options": ["A", "BB", "B"]}]
+    llava = [
+        {"id": "x", "image": "images/0.png", "conversations": talk, "options": ["A", "BB", "B"]}
+    ]
     (made / "llava.json").write_text(json.dumps(llava))
     blink = {
         "idx": "val_1", "question": "Which point is it?", "image_1": "images/1.png",
@@ -62,9 +64,7 @@ def test_the_last_row_is_that_of_the_full_attention_weights(
     inputs = {"inputs_embeds": golden_embeddings(), "modality_ids": ids}
     with torch.no_grad():
         whole = golden_model(variant, attention="eager")(**inputs, output_attentions=True)
-        with LastRowAttention(golden_model(variant, attention=attention)) as seen:
-            seen.layers  # noqa: B018
-            model = golden_model(variant, attention=attention)
+        model = golden_model(variant, attention=attention)
         with LastRowAttention(model) as seen:
             model(**inputs)
     expected = torch.stack([weights[0, :, -1] for weights in whole.attentions])
@@ -150,7 +150,9 @@ def test_views_of_masks_count_the_golden_pairs() -> None:
     pairs = "".join(GOLDEN["masks"]["cross"]).count("1")
     assert (views[0].pairs, views[1].pairs) == (78, pairs)
     drawn = mask_as_text(views[1].mask, 64).split("\n")
-    expected = [row.replace("1", "#").replace("0", " ").rstrip() for row in GOLDEN["masks"]["cross"]]
+    expected = [
+        row.replace("1", "#").replace("0", " ").rstrip() for row in GOLDEN["masks"]["cross"]
+    ]
     assert drawn == expected
     coarse = mask_as_text(torch.tril(torch.ones(8, 8)).bool(), 4).split("\n")
     assert coarse == ["+", "#+", "##+", "###+"]
@@ -185,7 +187,10 @@ def run(folder: Path, command: str) -> int:
 
 
 def test_the_commands_run_and_write_what_they_say(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model = "--model F/path_or_repo_with_alternating_cross_attn"
@@ -202,7 +207,9 @@ def test_the_commands_run_and_write_what_they_say(
     assert "1 questions: accuracy" in out and "difference: " in out
     assert json.loads(Path("o.jsonl").read_text())["right"] == "C"
     assert run(folder, f"export {model} --naming hf --output exported") == 0
-    assert json.loads(Path("exported/config.json").read_text())["model_type"].startswith("llava_one")
+    assert json.loads(Path("exported/config.json").read_text())["model_type"].startswith(
+        "llava_one"
+    )
 
 
 def test_a_sweep_trains_every_cell_once_and_prints_a_table(
@@ -230,7 +237,10 @@ def test_wrong_commands_are_refused(folder: Path, capsys: pytest.CaptureFixture[
         ("mask", "no command 'mask'"),
         ("eval --model F/qwen2-base-or-local --data_path F/blink.jsonl", "language model alone"),
         ("masks --model F/gone --data_path F/laion_subset.json", "no folder"),
-        ("masks --model F/qwen2-base-or-local --data_path F/laion_subset.json --index 99", "0 to 11"),
+        (
+            "masks --model F/qwen2-base-or-local --data_path F/laion_subset.json --index 99",
+            "0 to 11",
+        ),
     ):
         assert run(folder, command) == 2
         assert reason in capsys.readouterr().err
