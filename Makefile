@@ -12,7 +12,7 @@ READY := .venv/.ready
 # A GPU machine may have neither .venv nor a package index: there, take the python that has torch.
 ANY_PYTHON = $$(if test -f $(READY); then echo $(VENV_PYTHON); else echo $(PYTHON); fi)
 
-.PHONY: help venv test demo demo-sft demo-lora demo-vision lint bench gpu-check clean
+.PHONY: help venv test demo demo-sft demo-lora demo-vision demo-alternating lint bench gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ demo-sft: $(READY) ## pretrain a tiny model, fine-tune it on instructions, check
 
 demo-vision: $(READY) ## train a small model to see drawn pictures and digits, on the CPU, in minutes
 	@$(VENV_PYTHON) -m rwkvtune vision demo
+
+demo-alternating: $(READY) ## train plain and alternating attention on one visual task, compare them; minutes
+	@$(VENV_PYTHON) -m rwkvtune demo alternating
 
 demo-lora: $(READY) ## fine-tune a tiny model by LoRA, on an nf4 base, by its state and in full; minutes
 	@$(VENV_PYTHON) -m rwkvtune demo lora

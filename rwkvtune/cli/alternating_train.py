@@ -291,7 +291,7 @@ class _Run:
             batch = collate([dataset[0]])
             self.say("one step on the first sample of the data")
         else:
-            processor = alternating.processor_for(model)
+            processor = alternating.processor_of(model.config)
             batch = alternating.synthetic_batch(model, tokenizer, processor)
             self.say("one step on a made-up sample (no --data_path)")
         try:

@@ -72,6 +72,11 @@ class Batch:
         ]
 
     @property
+    def counts(self) -> tuple[int, int, int]:
+        """(rows, tokens, tokens of pictures)."""
+        return len(self.input_ids), self.input_ids.numel(), 0
+
+    @property
     def target_tokens(self) -> int:
         """Number of targets that count. On a GPU this waits: ask before moving the batch there."""
         return int((self.targets != IGNORED_TARGET).sum())

@@ -38,6 +38,10 @@ class MicroBatch(Protocol):
     @property
     def target_tokens(self) -> int: ...
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """(rows, tokens, those of them that stand for pictures)."""
+
     def to(self, device: torch.device | str) -> Any: ...
 
 
@@ -123,17 +127,15 @@ def fit(
             for i, batch in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
                 with fabric.no_backward_sync(model, enabled=not is_last), split_over(group):
-                    loss_sum, _, carry, told = recipe.loss(model, batch.to(fabric.device), carry)
+                    loss_sum, _, carry, _ = recipe.loss(model, batch.to(fabric.device), carry)
                     if in_backward:
                         _check_finite(progress.step + 1, float(loss_sum), 0.0, folder)
                     # DDP and FSDP average gradients over ranks; targets already counts all of them.
                     fabric.backward(loss_sum * (fabric.world_size / max(targets, 1)))
                 loss_here += loss_sum.detach()
-                meter.add(
-                    samples=len(batch.input_ids),
-                    tokens=batch.input_ids.numel(),
-                    visual_tokens=int(told.get("visual_tokens", 0)),
-                )
+                if output.throughput_log_steps:
+                    rows, tokens, visual = batch.counts
+                    meter.add(samples=rows, tokens=tokens, visual_tokens=visual)
             if _scales_its_loss(fabric):
                 fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
             layers = []
