@@ -53,7 +53,7 @@ from rwkvtune.models import (
     fill_model,
 )
 from rwkvtune.models.vision.config import AdapterConfig
-from rwkvtune.models.vision.encoders import Encoder
+from rwkvtune.models.vision.encoders import Encoder, take_weights
 from rwkvtune.models.vision.model import (
     PUBLISHED_PREFIX,
     Adapter,
@@ -188,6 +188,8 @@ class VisionState(RunState):
     about: dict[str, Any]
     """For adapter_config.json."""
     peft: Peft | None
+    keeps_encoder: bool
+    """The encoder is not that of its folder, so its tensors are saved too."""
     written_at: int = -1
     """The step of the newest adapter-<k>."""
 
@@ -203,8 +205,12 @@ class VisionState(RunState):
 
     def weights(self) -> dict[str, Tensor]:
         model = unwrapped(self.model)
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        return {name: whole(p.detach()) for name, p in trained.items()}
+        kept = {
+            name: p
+            for name, p in model.named_parameters()
+            if p.requires_grad or (self.keeps_encoder and name.startswith("encoder."))
+        }
+        return {name: whole(p.detach()) for name, p in kept.items()}
 
     def write_weights(self, run_folder: Path, label: str, *, dtype: str, write: bool) -> None:
         """adapter-<k>.safetensors, and rwkv-<k>.pth or lora-<k>/ for what else was trained."""
@@ -231,9 +237,8 @@ class VisionState(RunState):
         model = unwrapped(self.model)
         assert isinstance(model, VisionLanguageModel)
         adapter = {n: t.detach() for n, t in model.adapter.state_dict().items()}
-        is_trained = "encoder" in self.config.parts
         inner = model.encoder.get_submodule("model")
-        return model, adapter, dict(inner.state_dict()) if is_trained else {}
+        return model, adapter, dict(inner.state_dict()) if self.keeps_encoder else {}
 
     def _write_adapter(self, run_folder: Path, label: str) -> None:
         _, adapter, encoder = self._parts()
@@ -276,6 +281,7 @@ class _Job:
     """Data sets whose pictures come from a cache of features."""
     plan: Plan
     sizes: VisionSizes
+    keeps_encoder: bool
     resume: Path | None
     progress: Progress
     settings: dict[str, Any]
@@ -362,7 +368,11 @@ def _prepare(config: VisionConfig, world_size: int, device: torch.device, notes:
     trained = "encoder" in config.parts
     dtype = torch.bfloat16 if config.precision == "bf16" and not trained else torch.float32
     encoder, preprocessing = open_encoder(config.encoder_path, config.encoder_type, dtype)
+    encoder_id = encoder.fingerprint
     start = None if resume else _starting_adapter(config, folder, has_adapter, encoder, notes)
+    if resume:
+        _take_saved_encoder(encoder, resume, trained)
+    keeps_encoder = trained or encoder.fingerprint != encoder_id
     adapter = _adapter_config(config, llm, encoder, start)
     assembly = Assembly(
         tokenizer,
@@ -407,7 +417,7 @@ def _prepare(config: VisionConfig, world_size: int, device: torch.device, notes:
     if resume is not None:
         meta = load_resume_meta(resume)
         progress, before = Progress(**meta["progress"]), meta["settings"]
-    settings = _settings(config, plan, llm, encoder.fingerprint, files)
+    settings = _settings(config, plan, llm, encoder_id, files)
     refused = changes_refused(before, settings)
     if refused:
         raise UserError(
@@ -415,8 +425,8 @@ def _prepare(config: VisionConfig, world_size: int, device: torch.device, notes:
             "to go on, or another proj_dir for a new run"
         )
     return _Job(
-        llm, weights, tokenizer, encoder, preprocessing, adapter, start, data,
-        validation, files, caches, plan, sizes, resume, progress, settings, earlier, notes,
+        llm, weights, tokenizer, encoder, preprocessing, adapter, start, data, validation, files,
+        caches, plan, sizes, keeps_encoder, resume, progress, settings, earlier, notes,
     )  # fmt: skip
 
 
@@ -446,6 +456,16 @@ def _resume_state(
     if (settings["parts"], settings["peft"]) == (sorted(config.parts), config.peft):
         return state, None
     return None, state
+
+
+def _take_saved_encoder(encoder: Encoder, resume: Path, is_trained: bool) -> None:
+    """Of a run whose encoder is not that of its folder; where it is trained, its values come with
+    the rest of the state."""
+    saved = read_state(resume).model
+    prefix = "encoder.model."
+    weights = {n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)}
+    if weights and not is_trained:
+        take_weights(encoder, weights)
 
 
 def _confirm_shapes(config: VisionConfig, llm: ModelConfig, notes: list[str]) -> None:
@@ -604,7 +624,7 @@ def _starting_adapter(
     check_widths(saved, encoder)
     notes.append(f"the adapter comes from {saved.path}: all {len(saved.weights)} tensors of it")
     if saved.encoder_weights:
-        encoder.model.load_state_dict(saved.encoder_weights)
+        take_weights(encoder, saved.encoder_weights)
         notes.append("and the encoder's weights, which were trained with it")
     return saved
 
@@ -700,7 +720,7 @@ def _build_model(
     model = VisionLanguageModel(llm, job.encoder, adapter)
     if saved is not None:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        if trained != set(saved.model):
+        if trained != {name for name in saved.model if name in trained or not job.keeps_encoder}:
             raise UserError(f"{job.resume} holds other tensors than this run trains")
         model.load_state_dict(saved.model, strict=False)
     return model, base, peft, words
@@ -725,6 +745,7 @@ def _run(config: VisionConfig, job: _Job, fabric: Any, rows: Sequence[tuple[str,
         if is_zero and job.earlier is not None:
             _move_aside(folder, job.notes)
         model, base, peft, kept = _build_model(config, job)
+        _check_base(job, base)
         recipe = VisionRecipe(config, plan, job.data, job.validation, fabric, log)
         state = _build_state(config, job, fabric, recipe, model, _about(config, job, base), peft)
         if is_zero:
@@ -769,6 +790,17 @@ def _run(config: VisionConfig, job: _Job, fabric: Any, rows: Sequence[tuple[str,
     if stopped is None and is_zero:
         print(f"done: {folder / 'adapter-final.safetensors'}")
     return stopped.exit_code if stopped else 0
+
+
+def _check_base(job: _Job, base: Base) -> None:
+    """UserError when a run goes on with other weights than it began with; notes them."""
+    before = load_resume_meta(job.resume)["settings"] if job.resume else {}
+    if before.get("base", base.content) != base.content:
+        raise UserError(
+            f"load_model={base.path} has other values than the weights that {job.resume} belongs "
+            "to: give these"
+        )
+    job.settings["base"] = base.content
 
 
 def _move_aside(folder: Path, notes: list[str]) -> None:
@@ -818,6 +850,7 @@ def _build_state(
         config=config,
         about=about,
         peft=peft,
+        keeps_encoder=job.keeps_encoder,
     )
     if job.resume is not None:
         state.restore(read_state(job.resume))
