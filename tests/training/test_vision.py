@@ -64,7 +64,7 @@ def train(proj_dir: Path, **changes: Any) -> int:
 def first_batch(proj_dir: Path, **changes: Any) -> Any:
     """Of a run with these settings, and the dataset that it comes from."""
     config = from_flat(settings(proj_dir, **changes))
-    job = vision._prepare(config, 1, torch.device("cpu"), [])
+    job = vision.prepare(config, 1, [])
     return job, job.data.batch(list(range(4)))
 
 
