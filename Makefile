@@ -1,8 +1,9 @@
 # Targets for people and for continuous integration. `make` alone lists them.
 #
 #   PYTHON  the interpreter that .venv is made with             make venv PYTHON=python3.12
-#   CASES   how many damaged files `make fuzz` reads              make fuzz CASES=5000
+#   CASES   how many damaged files `make fuzz` reads            make fuzz CASES=5000
 #   OUT     the folder that `make gpu-check` writes into        make gpu-check OUT=/data/results
+#   PEERS   a folder with other implementations, docs/gpu.md    make gpu-check PEERS=/data/peers
 PYTHON ?= python3
 OUT ?= benchmarks/results
 CASES ?= 100000
@@ -13,7 +14,7 @@ READY := .venv/.ready
 # A GPU machine may have neither .venv nor a package index: there, take the python that has torch.
 ANY_PYTHON = $$(if test -f $(READY); then echo $(VENV_PYTHON); else echo $(PYTHON); fi)
 
-.PHONY: help venv test test-faults fuzz demo demo-sft demo-vision lint bench gpu-check clean
+.PHONY: help venv test test-faults fuzz demo demo-sft demo-lora demo-vision lint bench gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -38,6 +39,9 @@ demo-sft: $(READY) ## pretrain a tiny model, fine-tune it on instructions, check
 demo-vision: $(READY) ## train a small model to see drawn pictures and digits, on the CPU, in minutes
 	@$(VENV_PYTHON) -m rwkvtune vision demo
 
+demo-lora: $(READY) ## fine-tune a tiny model by LoRA, on an nf4 base, by its state and in full; minutes
+	@$(VENV_PYTHON) -m rwkvtune demo lora
+
 lint: $(READY) ## ruff (rules and formatting) and mypy
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
@@ -49,9 +53,10 @@ bench: $(READY) ## measure on this CPU: steps, recurrence, whole runs, generatio
 	$(VENV_PYTHON) -m benchmarks.run
 	$(VENV_PYTHON) -m benchmarks.generate
 	$(VENV_PYTHON) -m benchmarks.data
+	$(VENV_PYTHON) -m benchmarks.vision
 
 gpu-check: ## GPU tests and benchmarks in one go, JSON into OUT=dir; without a GPU says so
-	@$(ANY_PYTHON) -m benchmarks.gpu_check --out "$(OUT)"
+	@$(ANY_PYTHON) -m benchmarks.gpu_check --out "$(OUT)" $(if $(PEERS),--peers "$(PEERS)")
 
 clean: ## remove .venv, builds and caches; runs and results stay
 	rm -rf .venv build dist rwkvtune.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -160,15 +160,7 @@ def merge(model: LanguageModel, base_path: str, folder: Path) -> LanguageModel:
 
     UserError for another base than the adapter's, and for a folder that is none.
     """
-    about = read_about(folder)
-    if about is None:
-        if not (folder / lora.CONFIG_FILE).exists():
-            raise MissingFileError(
-                f"{folder} is no adapter folder: it has neither {ABOUT_FILE} nor {lora.CONFIG_FILE}"
-            )
-        return lora.merged(model, folder)
-    Base(**about["base"]).check(base_of(model, base_path), str(folder))
-    settings = AdapterSettings(**about["adapter"])
+    settings = _checked(model, base_path, folder)
     if settings.quant != "none":
         quantize(model, settings.quant)
         dequantize(model)
@@ -176,6 +168,35 @@ def merge(model: LanguageModel, base_path: str, folder: Path) -> LanguageModel:
         state.take(model, state.load(folder), str(folder))
         return model
     return lora.merged(model, folder)
+
+
+def load(model: LanguageModel, base_path: str, folder: Path) -> LanguageModel:
+    """The model with the adapter of a folder beside its weights, as it was trained; uses `model`
+    up.
+
+    UserError as in `merge`.
+    """
+    settings = _checked(model, base_path, folder)
+    if settings.quant != "none":
+        quantize(model, settings.quant)
+    if settings.kind == "state":
+        state.take(model, state.load(folder), str(folder))
+        return model
+    inside: LanguageModel = lora.put(model, folder).get_base_model()
+    return inside
+
+
+def _checked(model: LanguageModel, base_path: str, folder: Path) -> AdapterSettings:
+    """The settings of a folder; UserError when the model is not its base, or it is no adapter."""
+    about = read_about(folder)
+    if about is None:
+        if not (folder / lora.CONFIG_FILE).exists():
+            raise MissingFileError(
+                f"{folder} is no adapter folder: it has neither {ABOUT_FILE} nor {lora.CONFIG_FILE}"
+            )
+        return AdapterSettings("lora")  # what else it is, peft's own file says
+    Base(**about["base"]).check(base_of(model, base_path), str(folder))
+    return AdapterSettings(**about["adapter"])
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:

@@ -47,6 +47,13 @@ class PictureStore:
         by_name = self._archive_names
         return by_name.get(name) or by_name.get(os.path.basename(name))
 
+    def size(self, name: str) -> int:
+        """Bytes of the picture's file."""
+        place = self.find(name)
+        if place is None:
+            raise PictureError(f"{name}: no such picture in {self.where_it_looks()}")
+        return os.path.getsize(place) if isinstance(place, str) else place.file_size
+
     def open(self, name: str) -> Image:
         """The picture, upright, in RGB. PictureError says what is wrong with it."""
         place = self.find(name)

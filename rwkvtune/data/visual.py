@@ -365,6 +365,13 @@ class VisualDataset:
             features=features,
         )
 
+    def try_pixels(self, name: str) -> np.ndarray | None:
+        """Of one picture; None when it cannot be read."""
+        try:
+            return self.preprocessing.pixels(self.pictures.open(name))
+        except PictureError:
+            return None
+
     def _see(self, number: int, sample: Sample) -> list[np.ndarray | Tensor] | None:
         """What the model gets of a sample's pictures; None when one of them cannot be read."""
         try:

@@ -8,6 +8,7 @@ the last fifth of the handwritten digits is never shown in training either.
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from dataclasses import dataclass
 from io import BytesIO
@@ -131,7 +132,7 @@ class Painter:
 def write_data(folder: Path, *, pictures: int, seed: int) -> None:
     """Training data in LLaVA's format: chat.json and images.zip, with two records per picture, one
     that describes it and one that asks about it; and the same dialogues in words alone, with the
-    description, mostly, where the picture stands: text.jsonl."""
+    description, mostly, where the picture stands: text.jsonl, and its words: vocabulary.txt."""
     painter, random = Painter(held_out=False, seed=seed), np.random.default_rng(seed + 1)
     every = scenes(held_out=False)
     records: list[dict[str, Any]] = []
@@ -149,13 +150,27 @@ def write_data(folder: Path, *, pictures: int, seed: int) -> None:
             ):
                 records.append(_record(name, turns))
                 before = scene.caption if random.random() < DESCRIBED else ""
-                texts.append(json.dumps({"text": before + _dialogue(turns)}))
-    (folder / "text.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
+                texts.append(before + _dialogue(turns))
+    lines = [json.dumps({"text": text}) for text in texts]
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "vocabulary.txt").write_text(_vocabulary(texts), encoding="utf-8")
     (folder / "chat.json").write_text(json.dumps(records), encoding="utf-8")
 
 
 def _dialogue(turns: list[tuple[str, str]]) -> str:
     return "".join(f"\x16User: {asked}\x17\x16Assistant: {said}\x17" for asked, said in turns)
+
+
+def _vocabulary(texts: list[str]) -> str:
+    """The words of some texts, each with the space before it, and all bytes; in RWKV's format."""
+    words = {word for text in texts for word in re.findall(r" [A-Za-z]+|[A-Za-z]{2,}", text)}
+    every = [bytes([byte]) for byte in range(256)]
+    tokens = [repr(byte if byte[0] > 127 else byte.decode()) for byte in every]
+    lengths = [1] * 256 + [len(word) for word in sorted(words)]
+    tokens += map(repr, sorted(words))
+    numbers = range(1, len(tokens) + 1)
+    lines = zip(numbers, tokens, lengths, strict=True)
+    return "".join(f"{number} {token} {length}\n" for number, token, length in lines)
 
 
 def _record(name: str, turns: list[tuple[str, str]]) -> dict[str, Any]:

@@ -54,7 +54,8 @@ def _prepare(folder: Path, recipe: Mapping[str, Any]) -> None:
     write_data(folder / "data", pictures=recipe["pictures"], seed=1)
     write_questions(folder / "test", pictures=recipe["test_pictures"], seed=2)
     save_siglip(tiny_siglip(side=SIDE, **recipe["encoder"]), folder / "encoder", side=SIDE)
-    build_token_files(folder / "data" / "text.jsonl", folder / "data" / "text", "bytes")
+    data = folder / "data"
+    build_token_files(data / "text.jsonl", data / "text", str(data / "vocabulary.txt"))
 
 
 def _train(stage: str, settings: Mapping[str, Any], folder: Path) -> int:

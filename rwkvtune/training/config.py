@@ -271,6 +271,8 @@ class OutputOptions:
     """Type of the tensors in rwkv-*.pth; resume states are always fp32."""
     log_every: int = 10
     """Steps per line of metrics.csv and of the console."""
+    throughput_log_steps: int = 0
+    """Steps per line of samples/s, tokens/s, ms per step and peak memory; 0 = off."""
     log_layers: bool = True
     """Also log gradient norms and decays of each block, every log_every steps, to layers.csv."""
     val_every: int = 0
@@ -482,6 +484,7 @@ _AT_LEAST = {
     **dict.fromkeys(("epoch_save", "save_every", "val_every", "val_windows"), 0),
     **dict.fromkeys(("sample_every", "sample_tokens", "head_chunk", "threads"), 0),
     "chunk_len": 0,
+    "throughput_log_steps": 0,
     "warmup_steps": -1,
 }
 _NOT_NEGATIVE = ("lr_init", "lr_final", "weight_decay", "adam_eps", "grad_clip", "l2wrap")
@@ -497,11 +500,8 @@ MAY_CHANGE_AT_RESUME = frozenset(
         *("epoch_count", "exit_tokens", "micro_bsz", "accumulate_grad_batches"),
         *("accelerator", "devices", "num_nodes", "strategy", "context_parallel"),
         *("epoch_save", "save_every", "keep_last", "log_every", "val_every", "sample_every"),
-        *(
-            "async_save",
-            "log_layers",
-            "model_config",
-        ),  # what a preset stands for is compared by itself
+        # What a preset stands for is compared by itself.
+        *("async_save", "log_layers", "model_config", "throughput_log_steps"),
         *("tensorboard", "wandb", "resume", "proj_dir", "epoch_samples", "restart_warmup_steps"),
     }
 )

@@ -26,10 +26,14 @@ from rwkvtune.training.optim import set_hyperparameters
 from rwkvtune.training.plan import Plan
 from rwkvtune.training.run_state import Progress, RunState
 from rwkvtune.training.schedule import Schedule
+from rwkvtune.training.throughput import Throughput
 
 
 class MicroBatch(Protocol):
     """What the loop knows of a batch."""
+
+    @property
+    def input_ids(self) -> Tensor: ...
 
     @property
     def target_tokens(self) -> int: ...
@@ -93,6 +97,11 @@ def fit(
     group = sequence_group(fabric, plan.context_parallel)
     in_backward = optimizer_options.fused_backward
     model.train()
+    meter = Throughput(
+        every=output.throughput_log_steps, device_type=fabric.device.type, write=log.line
+    )
+    if plan.world_size > 1:
+        meter.sum_with(lambda counts: _sums_over_ranks(fabric, counts))
     with StopRequest() as stop, state.writer:
         if progress.step == 0:
             # Here the state comes first: a run killed between the two would else go on from initial
@@ -114,12 +123,17 @@ def fit(
             for i, batch in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
                 with fabric.no_backward_sync(model, enabled=not is_last), split_over(group):
-                    loss_sum, _, carry, _ = recipe.loss(model, batch.to(fabric.device), carry)
+                    loss_sum, _, carry, told = recipe.loss(model, batch.to(fabric.device), carry)
                     if in_backward:
                         _check_finite(progress.step + 1, float(loss_sum), 0.0, folder)
                     # DDP and FSDP average gradients over ranks; targets already counts all of them.
                     fabric.backward(loss_sum * (fabric.world_size / max(targets, 1)))
                 loss_here += loss_sum.detach()
+                meter.add(
+                    samples=len(batch.input_ids),
+                    tokens=batch.input_ids.numel(),
+                    visual_tokens=int(told.get("visual_tokens", 0)),
+                )
             if _scales_its_loss(fabric):
                 fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
             layers = []
@@ -168,6 +182,7 @@ def fit(
                     "seconds": progress.seconds,
                 }
             )
+            meter.step(took)
             if _is_due(progress.step, output.sample_every):
                 text = recipe.sample(model, progress.step)
                 if text is not None:
@@ -260,6 +275,12 @@ def _sum_over_ranks(fabric: Any, count: int) -> int:
     if fabric.world_size == 1:
         return count
     return int(fabric.all_reduce(torch.tensor(count, device=fabric.device), reduce_op="sum"))
+
+
+def _sums_over_ranks(fabric: Any, counts: list[float]) -> list[float]:
+    values = torch.tensor(counts, device=fabric.device)
+    total: list[float] = fabric.all_reduce(values, reduce_op="sum").tolist()
+    return total
 
 
 def _over_ranks(fabric: Any, loss: Tensor, wants_to_stop: bool) -> tuple[float, bool]:

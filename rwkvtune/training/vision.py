@@ -23,6 +23,7 @@ from rwkvtune.adapters.quant import quantize
 from rwkvtune.adapters.settings import AdapterSettings
 from rwkvtune.checkpoint import load_resume_meta, newest_resume_state, save_weights
 from rwkvtune.data.batch import IGNORED_TARGET
+from rwkvtune.data.feature_cache import Dtype, FeatureCache
 from rwkvtune.data.images import PictureStore, Preprocessing
 from rwkvtune.data.llava import RecordFile
 from rwkvtune.data.prefetch import prefetched
@@ -270,6 +271,8 @@ class _Job:
     data: VisualDataset
     validation: VisualDataset | None
     data_files: tuple[Path, ...]
+    caches: tuple[tuple[VisualDataset, FeatureCache], ...]
+    """Data sets whose pictures come from a cache of features."""
     plan: Plan
     sizes: VisionSizes
     resume: Path | None
@@ -372,6 +375,7 @@ def _prepare(config: VisionConfig, world_size: int, device: torch.device, notes:
     if config.val_data_file:
         others = data_files(Path(config.val_data_file))
         validation = open_data(config, others, assembly, preprocessing)
+    caches = _open_caches(config, encoder, [data, *([validation] if validation else [])])
     plan, uneven = make_plan(
         config,
         world_size=world_size,
@@ -411,7 +415,7 @@ def _prepare(config: VisionConfig, world_size: int, device: torch.device, notes:
         )
     return _Job(
         llm, weights, tokenizer, encoder, preprocessing, adapter, start, data,
-        validation, files, plan, sizes, resume, progress, settings, earlier, notes,
+        validation, files, caches, plan, sizes, resume, progress, settings, earlier, notes,
     )  # fmt: skip
 
 
@@ -511,6 +515,63 @@ def open_data(
         on_bad=config.on_bad_data,
         num_workers=config.num_workers,
     )
+
+
+def _open_caches(
+    config: VisionConfig, encoder: Encoder, data_sets: Sequence[VisualDataset]
+) -> tuple[tuple[VisualDataset, FeatureCache], ...]:
+    """One for each data set, checked; nothing is written."""
+    if not config.feature_cache:
+        return ()
+    own: Dtype = "bf16" if next(encoder.parameters()).dtype == torch.bfloat16 else "fp32"
+    caches = []
+    for number, data in enumerate(data_sets):
+        folder = Path(config.feature_cache, *["validation"] * number)
+        cache = FeatureCache(
+            folder,
+            data.pictures,
+            fingerprint=encoder.fingerprint,
+            tokens=encoder.num_tokens,
+            width=encoder.width,
+            dtype=own if config.feature_cache_dtype == "exact" else config.feature_cache_dtype,
+        )
+        needed = cache.bytes_for(len(data.picture_names()))
+        if 0 < config.cache_limit_gb * 1e9 < needed:
+            raise UserError(
+                f"feature_cache would take {needed / 1e9:.2f} GB for the pictures of "
+                f"{data.pictures.folder}, more than cache_limit_gb={config.cache_limit_gb:g}"
+            )
+        caches.append((data, cache))
+    return tuple(caches)
+
+
+def _fill_caches(job: _Job, fabric: Any, log: RunLog) -> None:
+    """Encode what is not cached yet, on rank zero, and let the data sets read from there."""
+    encoder = job.encoder.to(fabric.device)
+    for data, cache in job.caches:
+
+        def encode(
+            names: Sequence[str], data: VisualDataset = data
+        ) -> Iterator[tuple[str, Tensor]]:
+            seen = [
+                (name, pixels) for name in names if (pixels := data.try_pixels(name)) is not None
+            ]
+            if seen:
+                stacked = torch.stack([torch.from_numpy(pixels) for _, pixels in seen])
+                yield from zip(
+                    [name for name, _ in seen], encoder(stacked.to(fabric.device)), strict=True
+                )
+
+        if fabric.is_global_zero:
+            added = cache.fill(data.picture_names(), encode)
+            log.line(
+                f"feature cache {cache.folder}: {len(cache):,} pictures, {added:,} of them new, "
+                f"{cache.bytes_for(len(cache)) / 1e9:.2f} GB in {cache.dtype}"
+            )
+        if fabric.world_size > 1:
+            fabric.barrier()
+            cache.reload()
+        data.features_of = cache.read
 
 
 def _starting_adapter(
@@ -683,6 +744,7 @@ def _run(config: VisionConfig, job: _Job, fabric: Any, rows: Sequence[tuple[str,
             kernel_words = f"{job.llm.kernel} {kernel.backend} ({kernel.reason})"
             table = _table(config, job, fabric.device, memory, trained, kept)
             log.table([*rows, *table, ("kernel", kernel_words), ("run folder", config.proj_dir)])
+            _fill_caches(job, fabric, log)
             stopped = fit(
                 fabric,
                 state,

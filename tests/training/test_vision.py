@@ -402,3 +402,21 @@ def test_validation_measures_the_mean_loss_per_label(tmp_path: Path) -> None:
     with torch.no_grad():
         mean = float(vision._loss_sum(model, whole)) / whole.target_tokens
     assert float(metrics(tmp_path)[-1]["val_loss"]) == pytest.approx(mean, rel=1e-5)
+
+
+def test_cached_features_train_the_same_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = str(tmp_path / "cache")
+    assert train(tmp_path / "without") == 0
+    assert train(tmp_path / "with", feature_cache=cache) == 0
+    assert "48 pictures, 48 of them new" in capsys.readouterr().out
+    # Batches of another size may round the encoder's products otherwise.
+    assert losses(tmp_path / "with") == pytest.approx(losses(tmp_path / "without"), rel=1e-5)
+    assert train(tmp_path / "again", feature_cache=cache) == 0
+    assert "48 pictures, 0 of them new" in capsys.readouterr().out
+    assert losses(tmp_path / "again") == losses(tmp_path / "with")
+    with pytest.raises(UserError, match=r"was made otherwise: dtype fp32, now bf16"):
+        train(tmp_path / "other", feature_cache=cache, precision="bf16")
+    with pytest.raises(UserError, match="more than cache_limit_gb=1e-06"):
+        train(tmp_path / "small", feature_cache=str(tmp_path / "c"), cache_limit_gb=1e-6)
