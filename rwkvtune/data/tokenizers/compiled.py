@@ -1,8 +1,8 @@
 """Longest matches by a trie that numba compiles: about four times as fast as pyrwkv-tokenizer.
 
 Imported only where numba is installed (the extra `fast`) and there is much text, for compiling
-takes a second the first time. The trie is a double array (Aoe, 1989): the child of `node` by `byte` is
-`base[node] + byte`, if `parent` of that place is `node`; `value` is the id of the token that ends
+takes a second the first time. The trie is a double array (Aoe, 1989): the child of `node` by `byte`
+is `base[node] + byte`, if `parent` of that place is `node`; `value` is the id of the token that ends
 there, or -1. A leaf has base 0, which is harmless: no place names it as its parent.
 """
 
