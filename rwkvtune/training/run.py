@@ -257,6 +257,11 @@ def _check_devices(config: TrainConfig, world_size: int) -> None:
             "windows fit: leave one out (chunk_len stops gradients between chunks, "
             "context_parallel does not)"
         )
+    if shared > 1 and config.adapter.peft == "state":
+        raise UserError(
+            f"peft=state and context_parallel={shared}: only the first part of a window begins "
+            "with the trained state; leave context_parallel out"
+        )
     is_sharded = config.device.strategy not in ("auto", "ddp")
     for name, is_asked in (
         (f"peft={config.adapter.peft}", config.adapter.peft != "none"),
