@@ -20,7 +20,7 @@ from rwkvtune.checkpoint import load_weights, save_weights
 from rwkvtune.data.llava_dataset import IMAGE_TOKEN_INDEX, DataArguments, LlavaDataset
 from rwkvtune.data.llava_images import ImageProcessor
 from rwkvtune.errors import MissingFileError, UserError
-from rwkvtune.files import atomic_write
+from rwkvtune.files import atomic_write, inside
 from rwkvtune.models.alternating import config as configs
 from rwkvtune.models.alternating.build import (
     composed_class,
@@ -154,10 +154,10 @@ def _weight_files(folder: Path) -> list[Path]:
         index = folder / f"{stem}.index.json"
         if index.exists():
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            missing = sorted(name for name in names if not (folder / name).exists())
+            missing = sorted(name for name in names if not inside(folder, name).exists())
             if missing:
                 raise MissingFileError(f"{index} names {missing[0]}, which is not there")
-            return sorted(folder / name for name in names)
+            return sorted(inside(folder, name) for name in names)
         if (folder / stem).exists():
             return [folder / stem]
     raise MissingFileError(

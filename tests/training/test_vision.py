@@ -64,7 +64,7 @@ def train(proj_dir: Path, **changes: Any) -> int:
 def first_batch(proj_dir: Path, **changes: Any) -> Any:
     """Of a run with these settings, and the dataset that it comes from."""
     config = from_flat(settings(proj_dir, **changes))
-    job = vision._prepare(config, 1, torch.device("cpu"), [])
+    job = vision.prepare(config, 1, [])
     return job, job.data.batch(list(range(4)))
 
 
@@ -196,6 +196,11 @@ def test_other_settings_are_refused_at_resume(tmp_path: Path) -> None:
     assert train(tmp_path, epoch_steps=1) == 0
     with pytest.raises(UserError, match="lr_init: 0.01 -> 0.02"):
         train(tmp_path, epoch_steps=2, lr_init=0.02)
+    other = load_weights(vision_files() / MODEL)
+    other["ln_out.bias"] = other["ln_out.bias"] + 1
+    save_weights(tmp_path / "other.pth", other)
+    with pytest.raises(UserError, match="has other values than the weights"):
+        train(tmp_path, epoch_steps=1, epoch_count=2, load_model=str(tmp_path / "other.pth"))
     with pytest.raises(UserError, match="already holds a run"):
         train(tmp_path, resume="never")
 
@@ -280,6 +285,15 @@ def test_the_encoder_is_trained_and_saved_where_that_was_asked_for(
     assert saved.encoder_weights.keys() == now.keys()
     loaded = load_vision(tmp_path).model.encoder.model.state_dict()  # type: ignore[union-attr]
     assert all(torch.equal(loaded[n], now[n]) for n in now)
+
+    # Frozen again it stays what it has become, over a resume and into the next adapter's file.
+    trained = {n: t.clone() for n, t in now.items()}
+    last = {"load_adapter": str(tmp_path / "adapter-final.safetensors"), "epoch_steps": 1}
+    for epochs in (1, 2):
+        assert train(tmp_path / "next", **last, epoch_count=epochs) == 0
+        assert not any(n.startswith("encoder.") for n in seen.changed())
+        loaded = load_vision(tmp_path / "next").model.encoder.model.state_dict()  # type: ignore[union-attr]
+        assert all(torch.equal(loaded[n], trained[n]) for n in trained)
 
 
 def test_a_full_file_holds_the_base_untouched_and_the_adapter(stage_1: Path) -> None:

@@ -201,6 +201,16 @@ def _fingerprint(model: Any, processor: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:32]
 
 
+def take_weights(encoder: Encoder, weights: Mapping[str, Tensor]) -> None:
+    """Put in weights that were trained together with an adapter; the fingerprint tells them."""
+    encoder.model.load_state_dict(dict(weights))
+    digest = hashlib.sha256(encoder.fingerprint.encode())
+    for _, tensor in sorted(weights.items()):
+        plain = tensor.detach().cpu().float().contiguous().flatten()
+        digest.update(plain.view(torch.uint8).numpy().data)
+    encoder.fingerprint = digest.hexdigest()[:32]
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without its remarks about tensors of a tower that is not loaded."""

@@ -27,6 +27,7 @@ def saved(kind: str, folder: Path) -> tuple[Any, Any]:
     """A tiny checkpoint of one kind on the disk, and transformers' own model and processor."""
     import transformers as t
 
+    model: Any
     with torch.random.fork_rng():
         torch.manual_seed(3)
         if kind == "siglip, both towers":
