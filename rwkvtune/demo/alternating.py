@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 TRAIN, TEST = 6000, 400
-STEPS, BATCH = 400, 64
+STEPS, BATCH = 400, 48
 
 DECODER: dict[str, Any] = {
     "model_type": "qwen2",
     "vocab_size": 320,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 5,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 512,
@@ -40,7 +40,8 @@ TOWER: dict[str, Any] = {
 TRAINING: dict[str, Any] = {
     "label_mode": "assistant_only",
     "mm_tunable_parts": "mm_mlp_adapter,mm_vision_tower,mm_language_model",
-    "learning_rate": 2e-3,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 30,
     "max_steps": STEPS,
     "per_device_train_batch_size": BATCH,

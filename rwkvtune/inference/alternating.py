@@ -128,8 +128,7 @@ class Checkpoint:
 def _differences(text: Mapping[str, Any]) -> str:
     """What of a foreign decoder Qwen2 has not, for an error message."""
     has = {k: v for k, v in text.items() if k in ("hidden_size", "num_hidden_layers", "vocab_size")}
-    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    lacking = [name for name in needed if name not in text]
+    lacking = [name for name in DIMENSIONS[:4] if name not in text]
     said = ", ".join(f"{name}={value}" for name, value in has.items())
     return f"it has {said or 'no known dimensions'}" + (f" and lacks {lacking}" if lacking else "")
 
@@ -319,6 +318,33 @@ def from_backbone(
     if tower is not None:
         _fill_tower(model, tower, report)
     return model.eval(), report, notes
+
+
+def into_checkpoint(
+    target: Checkpoint, backbone: Checkpoint, variant: Variant, **options: Any
+) -> tuple[Any, LoadReport]:
+    """A `variant` model of the checkpoint `target`, its language model replaced by a backbone's
+    where name and shape agree. options: as `load`."""
+    backbone.check_family()
+    model, _ = load(target, variant=variant, **options)
+    return model, fill(model, backbone, only_lm=True)
+
+
+DIMENSIONS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size"),
+)
+
+
+def differing_dimensions(model: Any, backbone: Checkpoint) -> str:
+    """Where config.json of a backbone and a model's decoder differ, in words; "" if nowhere."""
+    text = model.config.get_text_config()
+    found = [
+        f"{name} is {backbone.text[name]} in the backbone and {getattr(text, name)} here"
+        for name in DIMENSIONS
+        if name in backbone.text and backbone.text[name] != getattr(text, name)
+    ]
+    return ", ".join(found)
 
 
 def _places(model: Any) -> dict[str, Tensor]:
