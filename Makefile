@@ -2,6 +2,7 @@
 #
 #   PYTHON  the interpreter that .venv is made with             make venv PYTHON=python3.12
 #   OUT     the folder that `make gpu-check` writes into        make gpu-check OUT=/data/results
+#   PEERS   a folder with other implementations, docs/gpu.md  make gpu-check PEERS=/data/peers
 PYTHON ?= python3
 OUT ?= benchmarks/results
 
@@ -47,7 +48,7 @@ bench: $(READY) ## measure on this CPU: steps, recurrence, whole runs, generatio
 	$(VENV_PYTHON) -m benchmarks.vision
 
 gpu-check: ## GPU tests and benchmarks in one go, JSON into OUT=dir; without a GPU says so
-	@$(ANY_PYTHON) -m benchmarks.gpu_check --out "$(OUT)"
+	@$(ANY_PYTHON) -m benchmarks.gpu_check --out "$(OUT)" $(if $(PEERS),--peers "$(PEERS)")
 
 clean: ## remove .venv, builds and caches; runs and results stay
 	rm -rf .venv build dist rwkvtune.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,19 +1,23 @@
 """Adapters, packed bases and optimizers: time of a step against full fine-tuning, and memory.
 
     python -m benchmarks.adapters                    # this machine's CPU
-    python -m benchmarks.adapters --only step        # or memory, or length
+    python -m benchmarks.adapters --only step        # or memory, length, optimizers
     python -m benchmarks.adapters --device cuda
 
 `step`: forward, backward, clip and optimizer at L12 D768, in turn with that of full fine-tuning;
 `ratio` is the time over full fine-tuning's.  `memory`: bytes of a process per number of the model
 while it trains on so few tokens that activations hardly count, each combination in a process of its
 own.  `length`: peak memory of LoRA on rows of 1 and of 64 pieces of chunk_len tokens.
+`optimizers`: the model and text of `make demo`, trained by each optimizer on the same batches, in
+turn step by step, so that a slow moment of the machine hits all alike: validation loss by step and
+by the seconds that each has taken.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,11 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from torch import Tensor
 
 from benchmarks import machine
 from rwkvtune.adapters.adapter import attach
 from rwkvtune.adapters.settings import AdapterSettings
 from rwkvtune.data.batch import Batch
+from rwkvtune.demo.run import RECIPE, TEXT
 from rwkvtune.models import RWKV7Config, build_model
 from rwkvtune.models.frame import LanguageModel
 from rwkvtune.training.config import OptimizerOptions
@@ -35,6 +42,7 @@ from rwkvtune.training.memory import PeakMemory, keep_freed_memory
 from rwkvtune.training.optim import Kind, build_optimizer, set_hyperparameters
 
 CHUNK = 256
+OPTIMIZERS: tuple[Kind, ...] = ("adamw", "muon", "adamw8bit")
 STEPPED = ("full", "lora", "lora nf4", "lora int8", "dora", "miss", "state")
 REMEMBERED: tuple[tuple[str, Kind, bool], ...] = (
     ("full", "adamw", False),
@@ -55,8 +63,9 @@ REMEMBERED: tuple[tuple[str, Kind, bool], ...] = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--only", nargs="+", default=["step", "memory", "length"])
+    parser.add_argument("--only", nargs="+", default=["step", "memory", "length", "optimizers"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=400, help="of each optimizer")
     parser.add_argument("--micro_bsz", type=int, default=2)
     parser.add_argument("--ctx_len", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -80,6 +89,8 @@ def main() -> None:
             alone(device=args.device, what="lora", kind="adamw", in_backward=False, chunks=chunks)
             for chunks in (1, 64)
         ]
+    if "optimizers" in args.only:
+        result["optimizers"] = compare_optimizers(args.device, args.steps)
     machine.write(args.out, f"adapters-{args.device}", result)
 
 
@@ -151,6 +162,70 @@ def backward(model: LanguageModel, device: str, batches: list[Batch]) -> None:
         with torch.autocast(device, torch.bfloat16):
             loss, _, carry, _ = next_token_loss(model, batch, carry, OptimizerOptions())
         (loss / targets).backward()
+
+
+def compare_optimizers(device: str, steps: int) -> list[dict[str, Any]]:
+    """Rows of `optimizers`, at every eighth of the run."""
+    recipe = yaml.safe_load(RECIPE.read_text())
+    text = torch.frombuffer(bytearray(TEXT.read_bytes()), dtype=torch.uint8).long()
+    _, ids = text.unique(return_inverse=True)
+    split = len(ids) * 9 // 10
+    vocab_size = int(ids.max()) + 1
+    config = RWKV7Config(vocab_size, recipe["n_layer"], recipe["n_embd"])
+    bsz, length = recipe["micro_bsz"], recipe["ctx_len"]
+    dice = torch.Generator().manual_seed(0)
+
+    def batch_at(starts: Tensor) -> Batch:
+        rows = torch.stack([ids[s : s + length + 1] for s in starts.tolist()]).to(device)
+        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+
+    held_out = batch_at(split + torch.arange(0, 40 * length, length))
+    lr, least = recipe["lr_init"], recipe["lr_final"]
+    models, optimizers, seconds = {}, {}, dict.fromkeys(OPTIMIZERS, 0.0)
+    for kind in OPTIMIZERS:
+        with torch.device(device):
+            models[kind] = build_model(config, seed=0)
+        optimizers[kind] = build_optimizer(
+            models[kind].named_parameters(),
+            lr_init=lr,
+            betas=(0.9, 0.99),
+            eps=1e-18,
+            weight_decay=recipe["weight_decay"],
+            kind=kind,
+        )
+    rows = []
+    for step in range(steps):
+        batch = batch_at(torch.randint(split - length - 1, (bsz,), generator=dice))
+        now = least + (lr - least) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for kind in OPTIMIZERS:
+            model, optimizer = models[kind], optimizers[kind]
+            set_hyperparameters(
+                optimizer, lr=now * min(1, (step + 1) / 20), weight_decay=recipe["weight_decay"]
+            )
+
+            def work(model: Any = model, optimizer: Any = optimizer) -> None:
+                backward(model, device, [batch])  # noqa: B023, run at once
+                clip_gradients(list(model.parameters()), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            seconds[kind] += machine.milliseconds(work, device) / 1e3
+        if (step + 1) % (steps // 8) == 0:
+            for kind in OPTIMIZERS:
+                with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+                    loss, tokens, _, _ = next_token_loss(
+                        models[kind], held_out, None, OptimizerOptions()
+                    )
+                rows.append(
+                    {
+                        "optimizer": kind,
+                        "step": step + 1,
+                        "val_loss": round(float(loss) / tokens, 4),
+                        "seconds": round(seconds[kind], 1),
+                    }
+                )
+                print(rows[-1], flush=True)
+    return rows
 
 
 def alone(**what: Any) -> dict[str, Any]:

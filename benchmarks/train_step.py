@@ -32,6 +32,8 @@ from rwkvtune.training.memory import keep_freed_memory
 from rwkvtune.training.optim import build_optimizer, set_hyperparameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BARE_ROWS = 16384
+"""Tokens of the bare products; more would only take memory, so their time is scaled up."""
 
 
 def main() -> None:
@@ -43,6 +45,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--micro_bsz", type=int, default=4)
     parser.add_argument("--ctx_len", type=int, default=512)
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
     parser.add_argument("--grad_cp", action="store_true")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -58,6 +61,7 @@ def main() -> None:
             ctx_len=args.ctx_len,
             grad_cp=args.grad_cp,
             repeats=args.repeats,
+            accumulate=args.accumulate,
         )
         for version in args.version
         for precision in args.precision
@@ -75,60 +79,140 @@ def measure(
     ctx_len: int,
     grad_cp: bool,
     repeats: int,
+    accumulate: int = 1,
 ) -> dict[str, Any]:
     """One row of the result: times, tokens per second, and the share of the matrix speed
     reached."""
-    step = training_step(config, precision, device, micro_bsz, ctx_len, grad_cp)
-    bare = bare_products(config, DTYPES[precision], device, micro_bsz * ctx_len)
-    taken = machine.interleaved({"step": step, "bare": bare}, device, repeats)
-    tokens = micro_bsz * ctx_len
-    flop = 6 * config.matmul_parameters * tokens
-    row = {
-        "version": config.version,
-        "precision": precision,
-        "n_layer": config.n_layer,
-        "n_embd": config.n_embd,
-        "vocab_size": config.vocab_size,
-        "micro_bsz": micro_bsz,
-        "ctx_len": ctx_len,
-        "grad_cp": grad_cp,
-        "step_ms": round(taken["step"], 2),
-        "bare_products_ms": round(taken["bare"], 2),
-        "tokens_per_s": round(tokens / taken["step"] * 1e3),
-        "bare_gflop_per_s": round(flop / taken["bare"] / 1e6, 1),
-        "efficiency": round(taken["bare"] / taken["step"], 4),
-    }
-    if device == "cuda":
-        row["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    print("  ".join(f"{name} {value}" for name, value in row.items()))
-    return row
-
-
-def training_step(
-    config: ModelConfig, precision: str, device: str, micro_bsz: int, ctx_len: int, grad_cp: bool
-) -> Callable[[], None]:
-    """A whole optimizer step on random tokens, as the loop does it."""
-    with torch.device(device):
-        model = build_model(config, seed=0)
-    model.grad_cp = grad_cp
-    optimizer = build_optimizer(
-        model.named_parameters(), lr_init=1e-4, betas=(0.9, 0.99), eps=1e-18, weight_decay=0.1
+    training = Training(config, precision, device)
+    return training.measured(
+        micro_bsz=micro_bsz,
+        ctx_len=ctx_len,
+        grad_cp=grad_cp,
+        repeats=repeats,
+        accumulate=accumulate,
     )
-    set_hyperparameters(optimizer, lr=1e-4, weight_decay=0.1)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    ids = torch.randint(config.vocab_size, (micro_bsz, ctx_len + 1), device=device)
-    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
-    def step() -> None:
-        mixed = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
-        with mixed:
-            loss, _ = model(inputs, head=partial(head_cross_entropy, targets=targets))
-        (loss / targets.numel()).backward()
-        clip_gradients(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
-    return step
+class Training:
+    """A model and its optimizer on their device, for steps on random tokens as the loop does
+    them."""
+
+    def __init__(self, config: ModelConfig, precision: str, device: str) -> None:
+        self.config, self.precision, self.device = config, precision, device
+        with torch.device(device):
+            self.model = build_model(config, initial_values=False)
+        with torch.no_grad():
+            # Published initial values cost more time than the steps, and many of them are zeros,
+            # which a GPU multiplies faster than other numbers.
+            for parameter in self.model.parameters():
+                parameter.normal_(std=0.02)
+        self.optimizer = build_optimizer(
+            self.model.named_parameters(),
+            lr_init=1e-4,
+            betas=(0.9, 0.99),
+            eps=1e-18,
+            weight_decay=0.1,
+        )
+        set_hyperparameters(self.optimizer, lr=1e-4, weight_decay=0.1)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+
+    def step(self, micro_bsz: int, ctx_len: int, accumulate: int = 1) -> Callable[[], None]:
+        """A whole optimizer step."""
+        shape = (accumulate, micro_bsz, ctx_len + 1)
+        ids = torch.randint(self.config.vocab_size, shape, device=self.device)
+        batches = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in ids]
+
+        def step() -> None:
+            for inputs, targets in batches:
+                with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+                    loss, _ = self.model(inputs, head=partial(head_cross_entropy, targets=targets))
+                (loss / targets.numel() / accumulate).backward()
+            clip_gradients(self.trained, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def measured(
+        self,
+        *,
+        micro_bsz: int,
+        ctx_len: int,
+        grad_cp: bool,
+        repeats: int = 3,
+        accumulate: int = 1,
+    ) -> dict[str, Any]:
+        """A row of `measure`."""
+        config, device = self.config, self.device
+        self.model.grad_cp = grad_cp
+        step = self.step(micro_bsz, ctx_len, accumulate)
+        tokens = micro_bsz * ctx_len
+        rows = min(tokens, BARE_ROWS)
+        dtype = DTYPES[self.precision]
+        measured: dict[str, Any] = {}
+        if device == "cpu":
+            bare = bare_products(config, dtype, device, rows)
+            taken = machine.interleaved({"step": step, "bare": bare}, device, repeats)
+        else:  # apart: operands of the bare products would lie beside a step that fills the device
+            torch.cuda.reset_peak_memory_stats()
+            taken = machine.interleaved({"step": step}, device, repeats)
+            measured["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+            torch.cuda.empty_cache()
+            bare = bare_products(config, dtype, device, rows)
+            taken |= machine.interleaved({"bare": bare}, device, repeats)
+            torch.cuda.empty_cache()
+        bare_ms = taken["bare"] * accumulate * tokens / rows
+        flop = 6 * config.matmul_parameters * accumulate * tokens
+        peak = machine.data_sheet_tflops(device, dtype)
+        if peak:
+            measured["share_of_data_sheet"] = round(flop / taken["step"] / 1e9 / peak, 4)
+        row = {
+            "version": config.version,
+            "precision": self.precision,
+            "n_layer": config.n_layer,
+            "n_embd": config.n_embd,
+            "vocab_size": config.vocab_size,
+            "micro_bsz": micro_bsz,
+            "accumulate": accumulate,
+            "ctx_len": ctx_len,
+            "grad_cp": grad_cp,
+            "step_ms": round(taken["step"], 2),
+            "bare_products_ms": round(bare_ms, 2),
+            "tokens_per_s": round(accumulate * tokens / taken["step"] * 1e3),
+            "bare_gflop_per_s": round(flop / bare_ms / 1e6, 1),
+            "efficiency": round(bare_ms / taken["step"], 4),
+            **measured,
+        }
+        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        return row
+
+    def fits(self, micro_bsz: int, ctx_len: int, grad_cp: bool) -> bool:
+        """Whether a step of this size has room on the device."""
+        self.model.grad_cp = grad_cp
+        try:
+            self.step(micro_bsz, ctx_len)()
+            machine.synchronize(self.device)
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+        return True
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number from 1 to `most` that fits, to an eighth of itself; 0 if 1 does not."""
+    if not fits(1):
+        return 0
+    good, bad = 1, most + 1
+    while bad - good > max(1, good // 8):
+        middle = min(2 * good, (good + bad) // 2)
+        if fits(middle):
+            good = middle
+        else:
+            bad = middle
+    return good
 
 
 def bare_products(

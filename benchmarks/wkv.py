@@ -15,6 +15,7 @@ import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ KERNELS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 
 Shape = tuple[int, int, int, int]
 """B, T, H, N"""
+
+MATRIX_FORM = {"cpu": "chunked", "cuda": "triton_gpu"}
+"""The backend that is measured, by device."""
 
 RATIO_SHAPE: Shape = (4, 512, 12, 64)
 LENGTHS = [512, 1024, 2048, 4096, 8192, 16384, 32768]
@@ -69,12 +73,13 @@ def compare_with_loop(
 ) -> dict[str, Any]:
     """Matrix form and loop in turns; the matrix form five times for each loop."""
     inputs = make_inputs(kernel, shape, dtype, device)
-    times: dict[str, list[tuple[float, float]]] = {"reference": [], "chunked": []}
+    form = MATRIX_FORM[device]
+    times: dict[str, list[tuple[float, float]]] = {"reference": [], form: []}
     for backend in times:
         time_once(kernel, inputs, backend, device)
     for _ in range(repeats):
         times["reference"].append(time_once(kernel, inputs, "reference", device))
-        times["chunked"] += (time_once(kernel, inputs, "chunked", device) for _ in range(5))
+        times[form] += (time_once(kernel, inputs, form, device) for _ in range(5))
     result: dict[str, Any] = {"shape_BTHN": shape, "dtype": str(dtype).removeprefix("torch.")}
     for index, name in enumerate(["forward", "forward_backward"]):
         medians = {
@@ -84,12 +89,12 @@ def compare_with_loop(
         fastest = {backend: min(pair[index] for pair in pairs) for backend, pairs in times.items()}
         result[name] = {
             "reference_ms": round(medians["reference"], 2),
-            "chunked_ms": round(medians["chunked"], 2),
-            "ratio": round(medians["reference"] / medians["chunked"], 2),
+            f"{form}_ms": round(medians[form], 2),
+            "ratio": round(medians["reference"] / medians[form], 2),
             # Of a busy machine's times the fastest say most.
             "reference_fastest_ms": round(fastest["reference"], 2),
-            "chunked_fastest_ms": round(fastest["chunked"], 2),
-            "ratio_of_fastest": round(fastest["reference"] / fastest["chunked"], 2),
+            f"{form}_fastest_ms": round(fastest[form], 2),
+            "ratio_of_fastest": round(fastest["reference"] / fastest[form], 2),
         }
     return result
 
@@ -107,11 +112,11 @@ def peak_bytes(kernel: str, shape: Shape, dtype: torch.dtype, device: str) -> in
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here (Linux)
         before = resident_bytes("VmRSS")
-        time_once(kernel, inputs, "chunked", device)
+        time_once(kernel, inputs, MATRIX_FORM[device], device)
         return resident_bytes("VmHWM") - before
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    time_once(kernel, inputs, "chunked", device)
+    time_once(kernel, inputs, MATRIX_FORM[device], device)
     return torch.cuda.max_memory_allocated() - before
 
 
@@ -125,14 +130,17 @@ def sweep_lengths(
             inputs = make_inputs(kernel, (1, T, 12, 64), dtype, device)
             # Short lengths as often as the longest: the same number of tokens, warm-up apart.
             for _ in range(max(1, min(8, LENGTHS[-1] // T // 4))):
-                elapsed = time_once(kernel, inputs, "chunked", device)[1]
+                elapsed = time_once(kernel, inputs, MATRIX_FORM[device], device)[1]
                 if repeat:
                     times[T].append(elapsed)
     rows = []
     for T in LENGTHS:
-        # A fresh process, because the peak of a process never falls.
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peak = pool.apply(peak_bytes, (kernel, (1, T, 12, 64), dtype, device))
+        arguments = (kernel, (1, T, 12, 64), dtype, device)
+        if device == "cuda":
+            peak = peak_bytes(*arguments)
+        else:  # a fresh process, because the peak of a process never falls
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                peak = pool.apply(peak_bytes, arguments)
         milliseconds = statistics.median(times[T])
         rows.append(
             {
@@ -153,6 +161,52 @@ def time_decoding_step(kernel: str, device: str) -> float:
         machine.milliseconds(lambda: KERNELS[kernel](*inputs, state), device) for _ in range(220)
     ]
     return round(1e3 * statistics.median(times[20:]), 1)
+
+
+def measure_choice(
+    kernel: str, chunk_len: int, precision: str, shape: Shape, device: str
+) -> dict[str, Any]:
+    """Time, memory and accuracy of a Triton kernel called directly, bf16: accuracy is the relative
+    RMS error of outputs and gradients against the loop in fp64 on the same inputs."""
+    from rwkvtune.kernels.wkv6.reference import wkv6_reference
+    from rwkvtune.kernels.wkv6.triton_gpu import wkv6_triton
+    from rwkvtune.kernels.wkv7.reference import wkv7_reference
+    from rwkvtune.kernels.wkv7.triton_gpu import wkv7_triton
+
+    call: Callable[..., tuple[Tensor, Tensor]] = (
+        partial(wkv7_triton, chunk_len=chunk_len) if kernel == "wkv7" else wkv6_triton
+    )
+    call = partial(call, precision=precision)
+    inputs = make_inputs(kernel, shape, torch.bfloat16, device)
+    dy = torch.ones_like(inputs[0])
+
+    def work() -> None:
+        torch.autograd.grad(call(*inputs)[0], inputs, dy)
+
+    found: dict[str, Any] = {}
+    if device == "cuda":
+        work()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    found["fwd_bwd_ms"] = round(machine.interleaved({"": work}, device, 5)[""], 3)
+    if device == "cuda":
+        found["peak_gb"] = round((torch.cuda.max_memory_allocated() - before) / 1e9, 3)
+
+    B, T, H, N = shape
+    some = make_inputs(kernel, (min(B, 2), min(T, 200), min(H, 4), N), torch.bfloat16, device)
+    exact = [x.detach().double().requires_grad_() for x in some]
+    reference = wkv7_reference if kernel == "wkv7" else wkv6_reference
+    errors = {}
+    ours, truth = call(*some), reference(*exact)
+    torch.manual_seed(1)
+    upstream = [torch.randn_like(x) for x in ours]
+    ours += torch.autograd.grad(ours, some, upstream)
+    truth += torch.autograd.grad(truth, exact, [x.double() for x in upstream])
+    named = zip(("y", "state", *(f"d{i}" for i in range(len(some)))), ours, truth, strict=True)
+    for name, x, t in named:
+        errors[name] = float(((x.double() - t).norm() / t.norm()).detach())
+    worst = max(errors, key=lambda name: errors[name])
+    return found | {"largest_error": float(f"{errors[worst]:.2e}"), "of": worst}
 
 
 def measure(kernel: str, device: str, repeats: int) -> dict[str, Any]:

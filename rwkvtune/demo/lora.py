@@ -1,7 +1,8 @@
 """Four ways to fine-tune one tiny model, side by side, and the way out to other programs.
 
-Uses nothing that a user's own run could not: pretraining, fine-tuning, merging, export and
-evaluation, with lora_recipe.yaml beside this file. Run again, it goes on where it was stopped.
+The base is a model that has learned to follow a few instructions; then it learns the same in other
+words. Uses nothing that a user's own run could not: fine-tuning, merging, export and evaluation,
+with lora_recipe.yaml beside this file. Run again, it goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rwkvtune.demo.run import faster_precision, shown_path
-from rwkvtune.demo.sft import CONVERSATIONS, exact_match, text_of
-from rwkvtune.demo.tasks import write_tasks
+from rwkvtune.demo.sft import exact_match
+from rwkvtune.demo.tasks import KNOWN, REWORDED, Task, write_tasks
 
 if TYPE_CHECKING:
     from rwkvtune.data.tokenizers import Tokenizer
     from rwkvtune.models.frame import LanguageModel
 
 RECIPE = Path(__file__).parent / "lora_recipe.yaml"
-QUESTION = "write abc in capitals"
+CONVERSATIONS = 12_000
+QUESTION = "please shout abc"
 ANSWER_TOKENS = 12
 
 # The package reads its settings from the environment when it is imported, and switches torch's
@@ -65,22 +68,20 @@ def run_lora_demo(folder: Path) -> int:
     recipe = yaml.safe_load(RECIPE.read_text())
     base, ways = folder / "base", recipe.pop("ways")
     precision = {"precision": faster_precision(base)}
-    settings = recipe["base"] | precision | {"data_file": str(text_of(folder))}
-    print(f"1. Pretrain on the bundled text, into {base}", flush=True)
-    _command("train", settings | {"proj_dir": str(base)})
+    print(f"1. A base that follows instructions, into {base}", flush=True)
+    settings = recipe["common"] | recipe["base"] | precision | _data(folder, "known", KNOWN)
+    _command(settings | {"proj_dir": str(base)})
     weights = base / "rwkv-final.pth"
-    training, held_out = folder / "data" / "tasks.jsonl", folder / "data" / "held_out.jsonl"
-    if not (training.exists() and held_out.exists()):
-        write_tasks(training, held_out, count=CONVERSATIONS)
-    common = recipe["tuned"] | precision | {"load_model": str(weights)}
-    common |= {"data_file": str(training), "val_data_file": str(held_out)}
+    data = _data(folder, "reworded", REWORDED)
+    held_out = Path(data["val_data_file"])
+    common = recipe["common"] | recipe["tuned"] | precision | data | {"load_model": str(weights)}
     results = []
     for i, (name, own) in enumerate(ways.items(), start=2):
         run = folder / name.replace(" ", "-")
         print(f"\n{i}. {name}, into {run}", flush=True)
-        peak_mb = _command("sft", common | own | {"proj_dir": str(run)})
+        peak_mb = _command(common | own | {"proj_dir": str(run)})
         results.append(_result(name, run, weights, held_out, peak_mb))
-    untouched = exact_match(_loaded(weights), held_out)
+    untouched = exact_match(_loaded(weights), held_out, REWORDED)
     problems = _show(results, sum(untouched.values()) / len(untouched))
     problems += _way_out(folder, weights, folder / "lora" / "adapter-final")
     for problem in problems:
@@ -90,15 +91,23 @@ def run_lora_demo(folder: Path) -> int:
     return 1 if problems else 0
 
 
-def _command(name: str, settings: dict[str, object]) -> float:
-    """Run `rwkvtune NAME` with these settings in a process of its own; its peak memory, MB.
+def _data(folder: Path, name: str, tasks: Mapping[str, Task]) -> dict[str, str]:
+    """Conversations to train on and to hold out; made once."""
+    training, held_out = (folder / "data" / f"{name}{part}.jsonl" for part in ("", "-held-out"))
+    if not (training.exists() and held_out.exists()):
+        write_tasks(training, held_out, count=CONVERSATIONS, tasks=tasks)
+    return {"data_file": str(training), "val_data_file": str(held_out)}
+
+
+def _command(settings: dict[str, object]) -> float:
+    """Run `rwkvtune sft` with these settings in a process of its own; its peak memory, MB.
 
     Ends this process with that one's exit code, where it is not 0.
     """
     config = Path(str(settings["proj_dir"])).parent / "settings.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(yaml.safe_dump(settings))
-    process = subprocess.Popen([sys.executable, "-m", "rwkvtune", name, "--config", str(config)])
+    process = subprocess.Popen([sys.executable, "-m", "rwkvtune", "sft", "--config", str(config)])
     try:
         _, status, usage = os.wait4(process.pid, 0)
     except KeyboardInterrupt:  # it has got the same signal, and saves its state
@@ -135,7 +144,7 @@ def _result(name: str, run: Path, base: Path, held_out: Path, peak_mb: float) ->
     trained = sum(t.numel() for n, t in tensors.items() if re.match(r"optimizer\.exp_avg\.", n))
     if adapter.exists():
         model = merge(model, str(base), adapter)
-    shares = exact_match(model.eval(), held_out)
+    shares = exact_match(model.eval(), held_out, REWORDED)
     seconds = read_metrics(run / "metrics.csv")[-1].values["seconds"]
     return Result(name, sum(shares.values()) / len(shares), trained, peak_mb, seconds)
 
@@ -161,7 +170,6 @@ def _show(results: list[Result], before: float) -> list[str]:
 
 def _way_out(folder: Path, base: Path, adapter: Path) -> list[str]:
     """Merge and export, and let the `rwkv` package answer; returns what does not hold."""
-    from rwkvtune.cli.merge import main as merge_command
     from rwkvtune.export import FORMATS
     from rwkvtune.export.convert import export_weights
     from rwkvtune.export.source import open_source
@@ -170,7 +178,8 @@ def _way_out(folder: Path, base: Path, adapter: Path) -> list[str]:
     out = folder / "exported"
     merged = out / "merged.pth"
     merged.unlink(missing_ok=True)
-    merge_command([str(base), str(adapter), str(merged)])
+    merge = [sys.executable, "-m", "rwkvtune", "merge", str(base), str(adapter), str(merged)]
+    subprocess.run(merge, check=True)
     source = open_source(merged)
     for name, form in FORMATS.items():
         path = out / f"model-{name}{form.suffix}"
@@ -188,7 +197,8 @@ def _tokenizer(merged: Path) -> Tokenizer:
 
 
 def _same_answer(base: Path, adapter: Path, merged: Path) -> list[str]:
-    """The likeliest answer of three: the adapter beside its base, the merged file here, and the merged file in the `rwkv` package."""
+    """The likeliest answer of three: the adapter beside its base, the merged file here, and that
+    file in the `rwkv` package."""
     from rwkvtune.adapters.adapter import load
     from rwkvtune.data.tokenizers import END_OF_DOCUMENT
     from rwkvtune.inference.generate import generate

@@ -8,7 +8,7 @@ shows what it reached.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,7 @@ def run_sft_demo(folder: Path) -> int:
     precision = {"precision": faster_precision(base)}
     print(f"1. Pretrain on the bundled text, into {base}")
     settings = recipe["base"] | precision
-    settings |= {"data_file": str(text_of(folder)), "proj_dir": str(base)}
+    settings |= {"data_file": str(_text(folder)), "proj_dir": str(base)}
     result = train_language_model(TrainConfig.from_flat(settings))
     if result.exit_code:
         return result.exit_code
@@ -63,7 +63,7 @@ def run_sft_demo(folder: Path) -> int:
     return _show(folder, held_out, before, after)
 
 
-def text_of(folder: Path) -> Path:
+def _text(folder: Path) -> Path:
     """Prefix of the token files of the bundled text, one byte a token; made once."""
     from rwkvtune.data.build import build_token_files
 
@@ -73,7 +73,9 @@ def text_of(folder: Path) -> Path:
     return prefix
 
 
-def exact_match(model: LanguageModel, held_out: Path) -> dict[str, float]:
+def exact_match(
+    model: LanguageModel, held_out: Path, tasks: Collection[str] = TASKS
+) -> dict[str, float]:
     """Share of the held-out questions of each task that the model answers exactly."""
     from rwkvtune.data.chat import load_template
     from rwkvtune.data.chat_batches import batch_of
@@ -92,8 +94,8 @@ def exact_match(model: LanguageModel, held_out: Path) -> dict[str, float]:
     batches = (batch_of(samples, [[n]]) for n in range(len(samples)))
     right = list(exact_matches(model, batches, device=device))
     return {  # the tasks take turns in the file
-        task: sum(right[i :: len(TASKS)]) / len(right[i :: len(TASKS)])
-        for i, task in enumerate(TASKS)
+        task: sum(right[i :: len(tasks)]) / len(right[i :: len(tasks)])
+        for i, task in enumerate(tasks)
     }
 
 
@@ -109,7 +111,8 @@ def _show(folder: Path, held_out: Path, before: dict[str, float], after: dict[st
     print(
         f"""
 Next:
-  talk to it     {python} -m rwkvtune chat {tuned} --temperature 0     (try: reverse stone)
+  talk to it     {python} -m rwkvtune chat {tuned} --temperature 0
+                 (try: reverse stone; it knows single questions, so /reset before another)
   see the mask   {python} -m rwkvtune sft --preview 3 --data_file {held_out} --tokenizer bytes
   your own data  docs/fine-tuning.md
 """

@@ -28,7 +28,7 @@ BACKENDS = {
 
 TRITON_HEAD_SIZES = (32, 64, 128)
 
-_announced: set[str] = set()
+_announced: set[tuple[str, str]] = set()
 
 
 class Choice(NamedTuple):
@@ -132,9 +132,8 @@ def announce(kernel: str, choice: Choice, *, is_known: bool = False) -> None:
 
     is_known: the caller shows it in a place of its own, so that nothing is printed now or later.
     """
-    line = f"kernel {kernel}: {choice.backend} ({choice.reason})"
-    if line in _announced:
+    if (kernel, choice.backend) in _announced:
         return
-    _announced.add(line)
+    _announced.add((kernel, choice.backend))
     if not is_known and os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
+        print(f"kernel {kernel}: {choice.backend} ({choice.reason})", file=sys.stderr)

@@ -327,6 +327,7 @@ def train(
     naming: of the weights. UserError when another run uses the folder, or the loss is not finite.
     """
     logging.set_verbosity_error()  # its warnings are about what is done here on purpose
+    torch.manual_seed(settings.trainer.seed)  # initial values of adapters
     folder = Path(settings.trainer.output_dir)
     parts = choose_trainable(model, settings.tune)
     if settings.model.pretrain_mm_mlp_adapter:

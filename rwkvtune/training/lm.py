@@ -40,13 +40,14 @@ class LanguageModelRecipe:
         """This rank's micro-batches of one step."""
         plan = self.plan
         first = step * plan.global_bsz
+        replica, stretch = divmod(self.fabric.global_rank, plan.context_parallel)
         batches = (
             self.data.dataset.batch(
                 first + i * plan.micro_bsz * plan.world_size,
                 plan.micro_bsz,
-                rank=self.fabric.global_rank,
+                rank=replica,
                 world_size=plan.world_size,
-            )
+            ).stretch(stretch, plan.context_parallel)
             for i in range(plan.accumulate)
         )
         return [part for batch in batches for part in batch.chunks(self.config.schedule.chunk_len)]
@@ -60,7 +61,7 @@ class LanguageModelRecipe:
         sources = self.data.validation
         if not sources:
             return {}
-        tokenizer, ranks = self.data.tokenizer, self.plan.world_size
+        tokenizer, ranks = self.data.tokenizer, self.fabric.world_size
         found = [
             evaluate(
                 model,

@@ -53,7 +53,6 @@ from rwkvtune.training.fabric import (
     make_fabric,
     planned_world_size,
     unwrapped,
-    whole,
 )
 from rwkvtune.training.log import RunLog
 from rwkvtune.training.loop import fit
@@ -198,7 +197,7 @@ class VisionState(RunState):
             for name, p in model.named_parameters()
             if p.requires_grad or (self.keeps_encoder and name.startswith("encoder."))
         }
-        return {name: whole(p.detach()) for name, p in kept.items()}
+        return {name: p.detach() for name, p in kept.items()}
 
     def write_weights(self, run_folder: Path, label: str, *, dtype: str, write: bool) -> None:
         """adapter-<k>.safetensors, and rwkv-<k>.pth or lora-<k>/ for what else was trained."""
