@@ -192,11 +192,12 @@ class VisionState(RunState):
 
     def weights(self) -> dict[str, Tensor]:
         model = unwrapped(self.model)
-        return {
-            name: p.detach()
+        kept = {
+            name: p
             for name, p in model.named_parameters()
             if p.requires_grad or (self.keeps_encoder and name.startswith("encoder."))
         }
+        return {name: p.detach() for name, p in kept.items()}
 
     def write_weights(self, run_folder: Path, label: str, *, dtype: str, write: bool) -> None:
         """adapter-<k>.safetensors, and rwkv-<k>.pth or lora-<k>/ for what else was trained."""
