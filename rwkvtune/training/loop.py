@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rwkvtune.checkpoint import prune_resume_states
 from rwkvtune.errors import UserError
+from rwkvtune.kernels.working_weights import write_copies
 from rwkvtune.training.config import OptimizerOptions, OutputOptions
 from rwkvtune.training.fabric import whole
 from rwkvtune.training.layer_stats import layer_statistics
@@ -137,6 +138,7 @@ def fit(
             if not in_backward:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            write_copies(trained)
 
             took = time.perf_counter() - begin
             progress.step += 1

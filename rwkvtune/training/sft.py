@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -57,13 +57,15 @@ class ChatRecipe:
 
     def _batches_of(self, step: int) -> list[Batch]:
         plan = self.plan
-        batches = self._batches.batches(
+        batches: Iterable[Batch] = self._batches.batches(
             step,
             micro_bsz=plan.micro_bsz,
             accumulate=plan.accumulate,
             rank=self.fabric.global_rank,
             world_size=plan.world_size,
         )
+        if self.fabric.device.type == "cuda":
+            batches = map(Batch.pinned, batches)
         return [part for batch in batches for part in batch.chunks(self.config.schedule.chunk_len)]
 
     def loss(
