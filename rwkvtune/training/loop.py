@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rwkvtune.checkpoint import prune_resume_states, whole
 from rwkvtune.errors import UserError
 from rwkvtune.kernels.split import split_over
+from rwkvtune.kernels.working_weights import write_copies
 from rwkvtune.training.config import OptimizerOptions, OutputOptions
 from rwkvtune.training.fabric import sequence_group
 from rwkvtune.training.layer_stats import layer_statistics
@@ -154,6 +155,7 @@ def fit(
             if not in_backward:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            write_copies(trained)
 
             took = time.perf_counter() - begin
             progress.step += 1

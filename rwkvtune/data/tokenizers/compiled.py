@@ -2,8 +2,8 @@
 
 Imported only where numba is installed (the extra `fast`) and there is much text, for compiling
 takes a second the first time. The trie is a double array (Aoe, 1989): the child of `node` by `byte`
-is `base[node] + byte`, if `parent` of that place is `node`; `value` is the id of the token that ends
-there, or -1. A leaf has base 0, which is harmless: no place names it as its parent.
+is `base[node] + byte`, if `parent` of that place is `node`; `value` is the id of the token that
+ends there, or -1. A leaf has base 0, which is harmless: no place names it as its parent.
 """
 
 from __future__ import annotations
