@@ -3,6 +3,7 @@ processes of a run end."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import subprocess
@@ -20,6 +21,7 @@ from lightning_fabric.plugins import MixedPrecision, Precision
 from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rwkvtune.errors import UserError, report
 from rwkvtune.models.frame import Block
@@ -122,8 +124,11 @@ def _strategy(name: str, total_devices: int, accelerator: str, say: Callable[[st
             )
         return "auto"
     if name in ("auto", "ddp"):
-        # Buffers are packed weights, which no step changes.
-        return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+        # Buffers are packed weights, which no step changes. The newer torch has the newer name.
+        accepted = inspect.signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
+        options: dict[str, Any] = {name: False}
+        return DDPStrategy(gradient_as_bucket_view=True, **options)
     stage, offloads = name.removesuffix("_offload"), name.endswith("_offload")
     if stage in _SHARDED:
         say(

@@ -37,7 +37,7 @@ def another(name: str) -> Any:
         return get_args(hint)[-1]
     if hint is bool:
         return not default
-    if hint is float:
+    if hint in (float, float | None):
         return 0.125
     if hint is str:
         return "a: [b, 'c'] #\n\"d\" 1e3 ü"

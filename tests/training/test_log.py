@@ -124,7 +124,7 @@ def test_a_validation_without_a_step_gets_a_row_of_its_own(tmp_path: Path) -> No
     log.close()
     log.close()
     found = [(r["step"], r["loss"] != "", r["val_loss"]) for r in metrics(tmp_path)]
-    assert found == [("1", True, ""), ("2", True, ""), ("0", False, "5.5"), ("2", False, "4.5")]
+    assert found == [("0", False, "5.5"), ("1", True, ""), ("2", True, ""), ("2", False, "4.5")]
 
 
 def test_validation_per_source_has_columns_of_its_own_which_an_older_file_gets(

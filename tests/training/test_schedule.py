@@ -137,7 +137,7 @@ def test_only_a_restart_from_bare_weights_warms_up_again() -> None:
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        ({"kind": "cos"}, "not one of cosine, linear"),
+        ({"kind": "cosin"}, "not one of cosine, linear"),
         ({"total_tokens": 0}, "total_tokens=0"),
         ({"tokens_per_step": 0}, "tokens_per_step=0"),
         ({"decay_share": 0.0}, "decay_share=0.0"),
