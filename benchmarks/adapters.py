@@ -129,7 +129,10 @@ def training_step(
     """A whole optimizer step of `what`, such as "full" or "lora nf4", as the loop does it in
     bf16."""
     with torch.device(device):
-        model = build_model(config, seed=0)
+        model = build_model(config, initial_values=False)
+    with torch.no_grad():  # published initial values take longer than all steps
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
     peft, _, quant = what.partition(" ")
     if peft != "full":
         settings = AdapterSettings(peft, quant=quant or "none")

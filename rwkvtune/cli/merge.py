@@ -49,6 +49,11 @@ def main(argv: list[str]) -> int:
             f"{folder} holds a tuned state, and no RWKV-7 program reads one from the weights: keep "
             f"{folder / 'state.pth'} beside {base} (rwkvtune generate {base} --state {folder})"
         )
+    elif about["adapter"]["kind"] == "state":
+        note(
+            f"{out} is for programs that look for a state in the weights, such as the rwkv package;"
+            f" here: rwkvtune generate {base} --state {folder}"
+        )
     # Values, not references: merging changes the model's own.
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plain = merge(model, str(base), folder)
