@@ -81,9 +81,7 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(command: str, folder: Path) -> int:
-    return guarded(
-        "alternating_train", shlex.split(command.replace("/path/to", str(folder)))
-    )
+    return guarded("alternating_train", shlex.split(command.replace("/path/to", str(folder))))
 
 
 @pytest.mark.parametrize(("command", "expected"), INSPECTING)
