@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -229,9 +230,14 @@ def compare_optimizers(device: str, steps: int) -> list[dict[str, Any]]:
 
 
 def alone(**what: Any) -> dict[str, Any]:
-    """memory_of in a process of its own."""
+    """memory_of in a process of its own, which returns what is freed at once: its peak is what was
+    alive."""
     command = [sys.executable, "-m", "benchmarks.adapters", "--alone", json.dumps(what)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     print(row)
     return row

@@ -130,7 +130,7 @@ class Check:
     def measure_copies(self) -> float:
         from benchmarks import machine
 
-        return machine.copy_gb_per_s(self.device, 0.01 if self.tiny else 2.0)
+        return float(machine.copy_gb_per_s(self.device, 0.01 if self.tiny else 2.0))
 
     def measure_wkv7(self) -> float:
         """Milliseconds of forward and backward; `wkv7` gets what they are in bytes."""
@@ -151,7 +151,7 @@ class Check:
                 "moved_over_copy_speed": round(counts["moved_gb"] / both * 1e3 / speed, 3),
                 "least_over_copy_speed": round(counts["least_gb"] / both * 1e3 / speed, 3),
             }
-        return round(both, 3)
+        return float(round(both, 3))
 
     def measure_choices(self) -> list[dict[str, Any]]:
         """What can be chosen for the kernels of wkv7 and wkv6: time, memory, and accuracy against
@@ -262,7 +262,7 @@ class Check:
         }  # fmt: skip
 
     def measure_peers(self, builds: dict[str, subprocess.Popen[str]]) -> dict[str, Any]:
-        found = {}
+        found: dict[str, Any] = {}
         for name, build in builds.items():
             if not self.has_time(15, f"peer {name}"):
                 continue

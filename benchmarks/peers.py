@@ -50,7 +50,7 @@ def log_of_minus_log_decay(w: Tensor) -> Tensor:
 
 
 def flash_linear_attention(folder: Path | None) -> dict[str, Recurrence]:
-    from fla.ops.rwkv7 import chunk_rwkv7
+    from fla.ops.rwkv7 import chunk_rwkv7  # type: ignore[import-not-found]
 
     def call(**options: bool) -> Callable[..., Tensor]:
         return lambda r, w, k, v, a, b: chunk_rwkv7(r, w, k, v, a, b, scale=1.0, **options)[0]
@@ -120,7 +120,7 @@ def with_gradients(ops: Any) -> Callable[..., Tensor]:
             ops.backward(*inputs, dy.contiguous(), states, removed, *gradients)
             return gradients
 
-    return lambda *inputs: Clampw.apply(*inputs)  # type: ignore[no-any-return]
+    return lambda *inputs: Clampw.apply(*inputs)
 
 
 RECURRENCES: dict[str, Callable[[Path | None], dict[str, Recurrence]]] = {

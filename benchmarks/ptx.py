@@ -18,8 +18,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
-
 TYPES = {
     "i32": "T H C V tokens size chunks segments chunks_per_segment",
     "fp32": "eps smallest l2wrap",
@@ -39,6 +37,7 @@ def main() -> int:
     parser.add_argument("--ptx", type=Path, help="folder to keep the PTX in")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's kernels cannot be compiled
     try:
         import triton
     except ImportError:

@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks import machine
 from rwkvtune.inference.load import IN_NO_PRODUCT
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
+from rwkvtune.kernels.working_weights import keep_copies, write_copies
 from rwkvtune.models import CONFIG_CLASSES, CONFIGS, ModelConfig, build_model
 from rwkvtune.models.rwkv7.config import UNUSED
 from rwkvtune.training.loop import clip_gradients
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--micro_bsz", type=int, default=4)
     parser.add_argument("--ctx_len", type=int, default=512)
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches per step")
+    parser.add_argument("--keep_weights", action="store_true", help="as working_weights=kept")
     parser.add_argument("--grad_cp", action="store_true")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -62,6 +64,7 @@ def main() -> None:
             grad_cp=args.grad_cp,
             repeats=args.repeats,
             accumulate=args.accumulate,
+            keep_weights=args.keep_weights,
         )
         for version in args.version
         for precision in args.precision
@@ -80,11 +83,15 @@ def measure(
     grad_cp: bool,
     repeats: int,
     accumulate: int = 1,
+    keep_weights: bool = False,
 ) -> dict[str, Any]:
     """One row of the result: times, tokens per second, and the share of the matrix speed
     reached."""
     training = Training(config, precision, device)
-    return training.measured(
+    if keep_weights:
+        keep_copies(training.trained)
+    row = {"working_weights": "kept" if keep_weights else "cast"}
+    return row | training.measured(
         micro_bsz=micro_bsz,
         ctx_len=ctx_len,
         grad_cp=grad_cp,
@@ -130,6 +137,7 @@ class Training:
             clip_gradients(self.trained, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            write_copies(self.trained)
 
         return step
 

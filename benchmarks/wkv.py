@@ -197,7 +197,8 @@ def measure_choice(
     exact = [x.detach().double().requires_grad_() for x in some]
     reference = wkv7_reference if kernel == "wkv7" else wkv6_reference
     errors = {}
-    ours, truth = call(*some), reference(*exact)
+    ours: tuple[Tensor, ...] = call(*some)
+    truth: tuple[Tensor, ...] = reference(*exact)
     torch.manual_seed(1)
     upstream = [torch.randn_like(x) for x in ours]
     ours += torch.autograd.grad(ours, some, upstream)

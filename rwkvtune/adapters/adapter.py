@@ -95,7 +95,7 @@ def sizes(
                 each = float(parameter.element_size())
                 if type(module) is Linear and is_packed:
                     each = BYTES_PER_VALUE[KINDS[settings.quant]]
-                elif type(module) is Linear and settings.kind != "dora":
+                elif type(module) is Linear and not settings.reads_base_weights:
                     each = compute_dtype.itemsize
                 frozen += int(parameter.numel() * each)
     return Sizes(trained, frozen)
@@ -139,8 +139,7 @@ def attach(
             state.take(model, saved, "the saved adapter")
         else:
             lora.take(model, settings, saved)
-    # DoRA reads the weights themselves, for their norms.
-    if settings.kind != "dora":
+    if not settings.reads_base_weights:
         store_frozen(model, compute_dtype)
     return Adapter(settings, base, own, report)
 
@@ -151,6 +150,12 @@ def _wrap(model: LanguageModel, settings: AdapterSettings, *, is_resumed: bool) 
         state.attach(model)
     else:
         lora.wrap(model, settings, is_resumed=is_resumed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and _is_of_base(name):
+            raise UserError(
+                f"peft_config makes {name} of the base trainable, which no adapter file would "
+                "hold: name its module in train_modules"
+            )
     return tuple(name for name in model.state_dict() if not _is_of_base(name))
 
 

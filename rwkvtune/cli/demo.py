@@ -9,6 +9,7 @@ DEMOS = {
     "text": "a model of the bundled text",
     "sft": "one that is then fine-tuned to follow small instructions, and checked",
     "lora": "one that is fine-tuned by LoRA, on a packed base, by its state and in full",
+    "alternating": "plain, alternating and alternating_cross attention on one visual task",
 }
 
 
@@ -32,6 +33,10 @@ def main(argv: list[str]) -> int:
         from rwkvtune.demo.lora import run_lora_demo
 
         return run_lora_demo(args.proj_dir or Path("out/demo-lora"))
+    if args.which == "alternating":
+        from rwkvtune.demo.alternating import run_alternating_demo
+
+        return run_alternating_demo(args.proj_dir or Path("out/demo-alternating"))
     from rwkvtune.demo.run import run_demo
 
     return run_demo(args.proj_dir or Path("out/demo"))

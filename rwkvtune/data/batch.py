@@ -55,6 +55,15 @@ class Batch:
             None if self.reset is None else own(self.reset, 0),
         )
 
+    def pinned(self) -> Batch:
+        """The same batch in memory that a GPU copies from while the CPU goes on."""
+        return Batch(
+            self.input_ids.pin_memory(),
+            self.targets.pin_memory(),
+            None if self.reset is None else self.reset.pin_memory(),
+            self.continues,
+        )
+
     def chunks(self, length: int) -> list[Batch]:
         """The rows cut into pieces of `length` tokens, each going on from the one before; 0 = one
         piece."""
@@ -70,6 +79,11 @@ class Batch:
             )
             for cut in cuts
         ]
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """(rows, tokens, tokens of pictures)."""
+        return len(self.input_ids), self.input_ids.numel(), 0
 
     @property
     def target_tokens(self) -> int:

@@ -80,6 +80,11 @@ class VisualBatch:
         )
 
     @property
+    def counts(self) -> tuple[int, int, int]:
+        """(rows, tokens without padding, those of them that stand for pictures)."""
+        return len(self.input_ids), self.num_tokens, int(self.image_positions.sum())
+
+    @property
     def target_tokens(self) -> int:
         """Number of targets that count."""
         return int((self.targets != IGNORED_TARGET).sum())

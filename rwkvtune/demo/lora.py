@@ -21,21 +21,23 @@ import yaml
 
 from rwkvtune.demo.run import faster_precision, shown_path
 from rwkvtune.demo.sft import exact_match
-from rwkvtune.demo.tasks import KNOWN, REWORDED, Task, write_tasks
+from rwkvtune.demo.tasks import LETTER_TASKS, REWORDED, Task, write_tasks
 
 if TYPE_CHECKING:
     from rwkvtune.data.tokenizers import Tokenizer
     from rwkvtune.models.frame import LanguageModel
 
 RECIPE = Path(__file__).parent / "lora_recipe.yaml"
-CONVERSATIONS = 12_000
-QUESTION = "please shout abc"
+CONVERSATIONS = 1200
+QUESTION = "cab begins with, big?"
 ANSWER_TOKENS = 12
 
 # The package reads its settings from the environment when it is imported, and switches torch's
 # scripting for the whole process, so it runs in one of its own.
 READER = """
-import json, sys
+import json, os, sys
+
+os.environ.update(RWKV_V7_ON="1", RWKV_JIT_ON="1", RWKV_CUDA_ON="0")
 from rwkv.model import RWKV
 
 path, ids, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
@@ -69,7 +71,7 @@ def run_lora_demo(folder: Path) -> int:
     base, ways = folder / "base", recipe.pop("ways")
     precision = {"precision": faster_precision(base)}
     print(f"1. A base that follows instructions, into {base}", flush=True)
-    settings = recipe["common"] | recipe["base"] | precision | _data(folder, "known", KNOWN)
+    settings = recipe["common"] | recipe["base"] | precision | _data(folder, "known", LETTER_TASKS)
     _command(settings | {"proj_dir": str(base)})
     weights = base / "rwkv-final.pth"
     data = _data(folder, "reworded", REWORDED)
@@ -95,7 +97,9 @@ def _data(folder: Path, name: str, tasks: Mapping[str, Task]) -> dict[str, str]:
     """Conversations to train on and to hold out; made once."""
     training, held_out = (folder / "data" / f"{name}{part}.jsonl" for part in ("", "-held-out"))
     if not (training.exists() and held_out.exists()):
-        write_tasks(training, held_out, count=CONVERSATIONS, tasks=tasks)
+        write_tasks(
+            training, held_out, count=CONVERSATIONS, tasks=tasks, letters="abcdefgh", lengths=(2, 3)
+        )
     return {"data_file": str(training), "val_data_file": str(held_out)}
 
 
@@ -209,10 +213,8 @@ def _same_answer(base: Path, adapter: Path, merged: Path) -> list[str]:
     def answer_of(model: Any) -> list[int]:
         return list(generate(model, ids, max_tokens=ANSWER_TOKENS, temperature=0.0))
 
-    environment = os.environ | {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
     done = subprocess.run(
         [sys.executable, "-c", READER, str(merged), json.dumps(ids), str(ANSWER_TOKENS)],
-        env=environment,
         capture_output=True,
         text=True,
     )

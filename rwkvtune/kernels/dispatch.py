@@ -8,7 +8,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import shutil
 import sys
+import sysconfig
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,6 +31,8 @@ BACKENDS = {
 
 TRITON_HEAD_SIZES = (32, 64, 128)
 
+NO_TRITON = "triton is not installed, or sees no GPU"
+
 _announced: set[tuple[str, str]] = set()
 
 
@@ -44,14 +49,14 @@ def choose(
     dtype: torch.dtype,
     head_size: int,
     requested: str = "auto",
-    triton_available: bool = False,
+    triton_obstacle: str = NO_TRITON,
     precision: str = "default",
 ) -> Choice:
     """The backend that runs a kernel for this kind of input.
 
     kernel: "wkv5", "wkv6" or "wkv7".  device_type: "cpu", "cuda", ...
     requested: a name from BACKENDS or "auto".
-    triton_available: there is triton, and a device or an interpreter that it runs on.
+    triton_obstacle: why triton cannot run here at all; empty where it can.
     precision: "high" asks for products as exact as fp32.
     Raises UserError for a backend that is unknown or cannot run this.
     """
@@ -62,7 +67,7 @@ def choose(
             f"(argument backend= or environment variable {KERNEL_VARIABLE})."
         )
     exact = precision == "high"
-    obstacle = _obstacle_to_triton(dtype, head_size, triton_available)
+    obstacle = triton_obstacle or _obstacle_to_kernels(dtype, head_size)
     if requested.startswith("triton_gpu"):
         if obstacle:
             raise UserError(f"{kernel} backend {requested!r} cannot run here: {obstacle}.")
@@ -82,10 +87,8 @@ def choose(
     return Choice("triton_gpu", "GPU")
 
 
-def _obstacle_to_triton(dtype: torch.dtype, head_size: int, triton_available: bool) -> str:
-    """Why a Triton kernel cannot run, or nothing."""
-    if not triton_available:
-        return "triton is not installed, or sees no GPU"
+def _obstacle_to_kernels(dtype: torch.dtype, head_size: int) -> str:
+    """Why Triton's kernels cannot take this input, or nothing."""
     if dtype == torch.float64:
         return "Triton's kernels do not take float64"
     if head_size not in TRITON_HEAD_SIZES:
@@ -105,8 +108,10 @@ def resolve(
     """`choose` with what this process has: the environment variable and the triton package."""
     if requested == "auto":
         requested = os.environ.get(KERNEL_VARIABLE, "auto")
-    there = _triton_available() and (device_type == "cuda" or interprets_triton())
-    return choose(kernel, device_type, dtype, head_size, requested, there, precision)
+    obstacle = _obstacle_to_triton()
+    if device_type != "cuda" and not interprets_triton():
+        obstacle = NO_TRITON
+    return choose(kernel, device_type, dtype, head_size, requested, obstacle, precision)
 
 
 def interprets_triton() -> bool:
@@ -115,15 +120,29 @@ def interprets_triton() -> bool:
 
 
 @functools.cache
-def _triton_available() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _obstacle_to_triton() -> str:
+    """What triton lacks in this process, or nothing. It compiles its launcher, a page of C, when a
+    kernel first runs (triton/runtime/build.py)."""
+    if importlib.util.find_spec("triton") is None:
+        return NO_TRITON
+    if interprets_triton():
+        return ""
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        return "triton finds no C compiler for its launcher: install gcc or clang, or set CC"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "triton finds no Python.h for its launcher: install python3-dev"
+    return ""
 
 
-def fuses_with_triton(x: torch.Tensor, head_size: int = 64) -> bool:
-    """Whether the fused pieces around the recurrence run their Triton kernels on this tensor."""
-    if x.device.type != "cuda" or x.dtype == torch.float64 or not _triton_available():
+def fuses_with_triton(x: torch.Tensor, head_size: int = 64, backend: str = "auto") -> bool:
+    """Whether the fused pieces around the recurrence run their Triton kernels on this tensor.
+
+    backend: what was asked for the recurrence; plain PyTorch there means plain PyTorch here.
+    """
+    if x.device.type != "cuda" or x.dtype == torch.float64 or _obstacle_to_triton():
         return False
-    backend = os.environ.get(KERNEL_VARIABLE, "auto")
+    if backend == "auto":
+        backend = os.environ.get(KERNEL_VARIABLE, "auto")
     return backend in ("auto", "triton_gpu", "triton_gpu_high") and head_size in TRITON_HEAD_SIZES
 
 

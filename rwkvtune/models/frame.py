@@ -52,7 +52,7 @@ class Block(nn.Module):
         att, v_first, wkv = self.att(z, v_first, state, reset, backend)
         x = x + att
         z2 = self.ln2(x, dtype)
-        x = x + self.ffn(z2, None if state is None else state.ffn_shift, reset)
+        x = x + self.ffn(z2, None if state is None else state.ffn_shift, reset, backend)
         # Copies: views would keep all of z and z2 alive as long as the state.
         return x, v_first, LayerState(z[:, -1].clone(), wkv, z2[:, -1].clone())
 
@@ -133,6 +133,15 @@ class LanguageModel(nn.Module):
         x = self.ln_out(x, dtype)
         out = self.head(x) if head is None else head(x, self.head.weight)
         return out, new_state
+
+    def compile_blocks(self) -> None:
+        """Let torch.compile fuse what lies between the recurrences, block by block, when they next
+        run."""
+        for block in self.blocks:
+            att: Any = block.att
+            # A hand-written kernel with its own backward: nothing for the compiler to look into.
+            att.recurrence = torch.compiler.disable(att.recurrence)
+            block.compile()
 
     def tuned_state(self, x: Tensor) -> State:
         """The state that each row of x [B, T, C] begins with, from the blocks' att.time_state."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkvtune.kernels.calls import without_autocast
+from rwkvtune.kernels.working_weights import in_type
 
 
 class LayerState(NamedTuple):
@@ -51,7 +52,7 @@ class Linear(nn.Linear):
         """Leave the memory as it is: a model sets all its values itself, or loads them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, in_type(self.weight, x.dtype))
 
 
 class LayerNorm(nn.LayerNorm):

@@ -237,10 +237,16 @@ class DeviceOptions:
     grad_cp: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     kernel: str = "auto"
-    """Backend of the recurrence: auto, chunked, reference, triton_gpu."""
+    """Backend of the recurrence and of the fused pieces around it: auto, triton_gpu, or chunked and
+    reference in plain PyTorch."""
     kernel_precision: Literal["default", "high"] = "default"
     """Products inside a GPU's recurrence kernel: default = tf32 for 16-bit inputs; high = as exact
     as fp32, slower. On CPU they are fp32 anyway."""
+    working_weights: Literal["auto", "kept", "cast"] = "auto"
+    """Matrices in bf16 or fp16: kept = written once per step; cast = made in each micro-batch and
+    freed after it, with the same results; auto = kept where a step has several micro-batches."""
+    compile: bool = False
+    """torch.compile each block: a slow first step, minutes on a CPU, for faster ones after it."""
     threads: int = 0
     """CPU threads; 0 = torch's choice. Bits of a CPU run repeat at one thread count."""
 
@@ -434,6 +440,16 @@ class TrainConfig:
             "from the trained state; leave it out"
         )
 
+    @property
+    def keeps_working_weights(self) -> bool:
+        """Whether copies of the matrices live from one micro-batch to the next, as far as settings
+        tell: sharded weights have none."""
+        d, s = self.device, self.schedule
+        if d.precision not in ("bf16", "fp16") or self.adapter.peft != "none":
+            return False
+        several = s.accumulate_grad_batches > 1 or 0 < s.chunk_len < self.data.ctx_len
+        return d.working_weights == "kept" or (d.working_weights == "auto" and several)
+
     def without_effect(self) -> list[str]:
         """A line for each setting that was changed although the others give it nothing to do."""
         now, default = self.to_flat(), type(self)().to_flat()
@@ -454,6 +470,12 @@ class TrainConfig:
                 f"with lr_schedule={now['lr_schedule']}",
             ),
             (("stage2_lr",), not now["layerwise_lr"], "with layerwise_lr=false"),
+            (
+                ("working_weights",),
+                now["precision"] in ("fp32", "tf32"),
+                f"with precision={now['precision']}",
+            ),
+            (("working_weights",), now["peft"] != "none", "with an adapter"),
         )
         found = []
         if now["fused_backward"] and now["log_layers"]:
@@ -502,6 +524,7 @@ MAY_CHANGE_AT_RESUME = frozenset(
         *("epoch_save", "save_every", "keep_last", "log_every", "val_every", "sample_every"),
         # What a preset stands for is compared by itself.
         *("async_save", "log_layers", "model_config", "throughput_log_steps"),
+        *("working_weights", "compile"),
         *("tensorboard", "wandb", "resume", "proj_dir", "epoch_samples", "restart_warmup_steps"),
     }
 )

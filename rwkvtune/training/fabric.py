@@ -122,7 +122,8 @@ def _strategy(name: str, total_devices: int, accelerator: str, say: Callable[[st
             )
         return "auto"
     if name in ("auto", "ddp"):
-        return DDPStrategy(gradient_as_bucket_view=True)
+        # Buffers are packed weights, which no step changes.
+        return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
     stage, offloads = name.removesuffix("_offload"), name.endswith("_offload")
     if stage in _SHARDED:
         say(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from typing import Any
@@ -16,6 +16,7 @@ from rwkvtune.inference.generate import generate
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
 from rwkvtune.models.layers import State, detached
 from rwkvtune.training.config import OptimizerOptions, TrainConfig
+from rwkvtune.training.fabric import unwrapped
 from rwkvtune.training.lm_data import LMData, open_data
 from rwkvtune.training.log import RunLog
 from rwkvtune.training.plan import Plan
@@ -41,7 +42,7 @@ class LanguageModelRecipe:
         plan = self.plan
         first = step * plan.global_bsz
         replica, stretch = divmod(self.fabric.global_rank, plan.context_parallel)
-        batches = (
+        batches: Iterable[Batch] = (
             self.data.dataset.batch(
                 first + i * plan.micro_bsz * plan.world_size,
                 plan.micro_bsz,
@@ -50,6 +51,8 @@ class LanguageModelRecipe:
             ).stretch(stretch, plan.context_parallel)
             for i in range(plan.accumulate)
         )
+        if self.fabric.device.type == "cuda":
+            batches = map(Batch.pinned, batches)
         return [part for batch in batches for part in batch.chunks(self.config.schedule.chunk_len)]
 
     def loss(
@@ -123,6 +126,7 @@ def next_token_loss(
         targets=batch.targets,
         l2wrap=options.l2wrap,
         chunk_rows=options.head_chunk,
+        backend=str(unwrapped(model).backend),
     )
     state = carry if batch.continues else None
     loss_sum, last = model(batch.input_ids, state, reset=batch.reset, head=head)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from rwkvtune.checkpoint import prune_resume_states, whole
 from rwkvtune.errors import UserError
 from rwkvtune.kernels.split import split_over
+from rwkvtune.kernels.working_weights import write_copies
 from rwkvtune.training.config import OptimizerOptions, OutputOptions
 from rwkvtune.training.fabric import sequence_group
 from rwkvtune.training.layer_stats import layer_statistics
@@ -37,6 +38,10 @@ class MicroBatch(Protocol):
 
     @property
     def target_tokens(self) -> int: ...
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """(rows, tokens, those of them that stand for pictures)."""
 
     def to(self, device: torch.device | str) -> Any: ...
 
@@ -123,17 +128,15 @@ def fit(
             for i, batch in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
                 with fabric.no_backward_sync(model, enabled=not is_last), split_over(group):
-                    loss_sum, _, carry, told = recipe.loss(model, batch.to(fabric.device), carry)
+                    loss_sum, _, carry, _ = recipe.loss(model, batch.to(fabric.device), carry)
                     if in_backward:
                         _check_finite(progress.step + 1, float(loss_sum), 0.0, folder)
                     # DDP and FSDP average gradients over ranks; targets already counts all of them.
                     fabric.backward(loss_sum * (fabric.world_size / max(targets, 1)))
                 loss_here += loss_sum.detach()
-                meter.add(
-                    samples=len(batch.input_ids),
-                    tokens=batch.input_ids.numel(),
-                    visual_tokens=int(told.get("visual_tokens", 0)),
-                )
+                if output.throughput_log_steps:
+                    rows, tokens, visual = batch.counts
+                    meter.add(samples=rows, tokens=tokens, visual_tokens=visual)
             if _scales_its_loss(fabric):
                 fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
             layers = []
@@ -152,6 +155,7 @@ def fit(
             if not in_backward:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            write_copies(trained)
 
             took = time.perf_counter() - begin
             progress.step += 1

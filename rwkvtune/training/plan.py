@@ -129,6 +129,8 @@ def memory_estimate(
     o = config.optimizer
     trained = model.num_parameters if trained is None else trained
     weights = frozen_bytes + trained * (4 + 4 * (not o.fused_backward) + MOMENTS[o.optimizer])
+    if config.keeps_working_weights and config.device.grad_cp:
+        weights += size * trained  # without grad_cp the backward pass keeps them anyway
     activations = activation_bytes(
         model, tokens, is_half=is_half, grad_cp=config.device.grad_cp, on_cpu=device_type == "cpu"
     )

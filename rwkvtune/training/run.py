@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from rwkvtune.data.tokenizers import Tokenizer
 from rwkvtune.errors import UserError
 from rwkvtune.files import RunFolderLock, atomic_write, remove_leftovers
 from rwkvtune.kernels.dispatch import Choice, announce, resolve
+from rwkvtune.kernels.working_weights import keep_copies
 from rwkvtune.models import CONFIGS, ModelConfig, build_model, fill_model
 from rwkvtune.models.frame import LanguageModel
 from rwkvtune.training import starting_point
@@ -229,6 +231,7 @@ def _prepare(
         config.device.kernel_precision,
     )
     _check_devices(config, world_size)
+    _check_compiler(config, device)
     adapter = config.adapter.settings()
     adapter_sizes = None
     if adapter is not None:
@@ -257,16 +260,40 @@ def _check_devices(config: TrainConfig, world_size: int) -> None:
             "windows fit: leave one out (chunk_len stops gradients between chunks, "
             "context_parallel does not)"
         )
-    is_sharded = config.device.strategy not in ("auto", "ddp")
+    if shared > 1 and config.adapter.peft == "state":
+        raise UserError(
+            f"peft=state and context_parallel={shared}: only the first part of a window begins "
+            "with the trained state; leave context_parallel out"
+        )
     for name, is_asked in (
         (f"peft={config.adapter.peft}", config.adapter.peft != "none"),
         (f"chunk_len={config.schedule.chunk_len}", config.schedule.chunk_len > 0),
+        ("working_weights=kept", config.device.working_weights == "kept"),
     ):
-        if is_sharded and is_asked:
+        if _is_sharded(config, world_size) and is_asked:
             raise UserError(
                 f"{name} does not run with strategy={config.device.strategy}, which shards the "
                 "model: use --strategy ddp"
             )
+
+
+def _keeps_working_weights(config: TrainConfig, world_size: int) -> bool:
+    return config.keeps_working_weights and not _is_sharded(config, world_size)
+
+
+def _is_sharded(config: TrainConfig, world_size: int) -> bool:
+    return world_size > 1 and config.device.strategy not in ("auto", "ddp")
+
+
+def _check_compiler(config: TrainConfig, device: torch.device) -> None:
+    """UserError where torch.compile would only fail after the start."""
+    if not config.device.compile or device.type != "cpu":
+        return
+    if not any(shutil.which(name) for name in ("g++", "clang++", "cl")):
+        raise UserError(
+            "compile=true needs a C++ compiler on a CPU, and neither g++ nor clang++ is on the "
+            "PATH: install one, or leave --compile out"
+        )
 
 
 def _frozen_dtype(config: TrainConfig) -> torch.dtype:
@@ -386,7 +413,11 @@ def _build_state(config: TrainConfig, job: _Job, fabric: Any, recipe: Recipe) ->
         for name, parameter in model.named_parameters():
             if name not in trained:  # what nothing reads is frozen already
                 parameter.requires_grad_(False)
+    if config.device.compile:
+        model.compile_blocks()
     wrapped = fabric.setup_module(model)  # before the optimizer: sharding makes new parameters
+    if _keeps_working_weights(config, job.plan.world_size):
+        keep_copies(unwrapped(wrapped).parameters())
     optimizer = build_optimizer(
         unwrapped(wrapped).named_parameters(),
         lr_init=config.schedule.lr_init,
@@ -526,9 +557,21 @@ def _table(config: TrainConfig, job: _Job, memory: PeakMemory) -> list[tuple[str
         ),
         ("memory", f"about {estimate:.2f} GB per device (estimate)"),
         ("kernel", f"{m.kernel} {job.kernel.backend} ({job.kernel.reason})"),
+        ("fused pieces", _fused_in_words(config, job)),
         ("precision", f"{d.precision}, {torch.get_num_threads()} CPU threads"),
         ("run folder", config.output.proj_dir),
     ]
+
+
+def _fused_in_words(config: TrainConfig, job: _Job) -> str:
+    """What runs around the recurrence."""
+    is_triton = job.kernel.backend.startswith("triton_gpu")
+    words = ["Triton" if is_triton else "PyTorch"]
+    if config.device.compile:
+        words.append("blocks compiled by torch.compile")
+    if _keeps_working_weights(config, job.plan.world_size):
+        words.append(f"matrices in {config.device.precision} written once per step")
+    return ", ".join(words)
 
 
 def _length_in_words(config: TrainConfig, plan: Plan) -> str:

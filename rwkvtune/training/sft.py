@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -58,20 +58,17 @@ class ChatRecipe:
     def _batches_of(self, step: int) -> list[Batch]:
         plan = self.plan
         replica, stretch = divmod(self.fabric.global_rank, plan.context_parallel)
-        batches = self._batches.batches(
+        batches: Iterable[Batch] = self._batches.batches(
             step,
             micro_bsz=plan.micro_bsz,
             accumulate=plan.accumulate,
             rank=replica,
             world_size=plan.world_size,
         )
-        return [
-            part
-            for batch in batches
-            for part in batch.stretch(stretch, plan.context_parallel).chunks(
-                self.config.schedule.chunk_len
-            )
-        ]
+        batches = (batch.stretch(stretch, plan.context_parallel) for batch in batches)
+        if self.fabric.device.type == "cuda":
+            batches = map(Batch.pinned, batches)
+        return [part for batch in batches for part in batch.chunks(self.config.schedule.chunk_len)]
 
     def loss(
         self, model: nn.Module, batch: Batch, carry: State | None

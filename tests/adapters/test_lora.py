@@ -212,6 +212,7 @@ def test_a_folder_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
         (AdapterSettings("lora", train_modules="ln9"), "ln9 is not in this model"),
         (AdapterSettings("lora", train_modules="x_r"), "x_r is a single tensor"),
         (AdapterSettings("lora", train_modules="att"), "att holds the projections"),
+        (AdapterSettings("lora", peft_config={"bias": "all"}), "name its module in train_modules"),
         (AdapterSettings("lora", peft_config={"rank": 4}), "rank, which peft's LoraConfig"),
     ],
 )

@@ -14,11 +14,11 @@ from rwkvtune.kernels.wkv7 import wkv7
 
 def test_a_gpu_gets_the_triton_kernel_and_all_else_the_matrix_form_with_a_reason() -> None:
     assert dispatch.choose("wkv7", "cpu", torch.float32, 64) == ("chunked", "no GPU in use")
-    on_gpu = partial(dispatch.choose, "wkv7", "cuda", torch.bfloat16, triton_available=True)
+    on_gpu = partial(dispatch.choose, "wkv7", "cuda", torch.bfloat16, triton_obstacle="")
     assert on_gpu(64) == ("triton_gpu", "GPU")
     assert on_gpu(64, precision="high").backend == "triton_gpu_high"
     assert on_gpu(48) == ("chunked", "head size 48 is not one of 32, 64, 128")
-    assert on_gpu(64, triton_available=False).backend == "chunked"
+    assert on_gpu(64, triton_obstacle="no triton").backend == "chunked"
     assert dispatch.choose("wkv7", "mps", torch.float32, 64).backend == "chunked"
 
 
@@ -28,7 +28,7 @@ def test_a_backend_asked_for_by_name_is_taken() -> None:
 
 def test_a_backend_that_does_not_exist_is_refused_with_those_that_do() -> None:
     with pytest.raises(UserError, match="'fast'.*chunked, reference, triton_gpu"):
-        dispatch.choose("wkv7", "cuda", torch.bfloat16, 64, "fast", triton_available=True)
+        dispatch.choose("wkv7", "cuda", torch.bfloat16, 64, "fast", triton_obstacle="")
 
 
 def test_a_triton_kernel_asked_for_by_name_where_none_can_run_is_refused_with_the_reason() -> None:
@@ -36,7 +36,38 @@ def test_a_triton_kernel_asked_for_by_name_where_none_can_run_is_refused_with_th
     with pytest.raises(UserError, match="cannot run here: triton is not installed"):
         ask(torch.bfloat16, 64)
     with pytest.raises(UserError, match="cannot run here: .*float64"):
-        ask(torch.float64, 64, triton_available=True)
+        ask(torch.float64, 64, triton_obstacle="")
+
+
+def test_a_machine_without_what_triton_compiles_its_launcher_with_gets_the_matrix_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    ask = partial(dispatch.resolve, "wkv7", "cuda", torch.bfloat16, 64)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    dispatch._obstacle_to_triton.cache_clear()
+    assert ask().backend == "chunked" and "no C compiler" in ask().reason
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": "/nowhere"})
+    dispatch._obstacle_to_triton.cache_clear()
+    assert "no Python.h" in ask().reason
+    dispatch._obstacle_to_triton.cache_clear()
+
+
+def test_the_fused_pieces_follow_what_was_asked_for_the_recurrence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "_obstacle_to_triton", lambda: "")
+    on_gpu = type("OnGPU", (), {"device": torch.device("cuda"), "dtype": torch.bfloat16})()
+    assert dispatch.fuses_with_triton(on_gpu)
+    assert dispatch.fuses_with_triton(on_gpu, 64, "triton_gpu_high")
+    assert not dispatch.fuses_with_triton(on_gpu, 64, "chunked")
+    assert not dispatch.fuses_with_triton(on_gpu, 48)
+    monkeypatch.setenv(dispatch.KERNEL_VARIABLE, "reference")
+    assert not dispatch.fuses_with_triton(on_gpu)
+    assert dispatch.fuses_with_triton(on_gpu, 64, "triton_gpu")
 
 
 def test_the_environment_names_the_backend_only_where_the_caller_does_not(

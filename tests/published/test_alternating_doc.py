@@ -230,6 +230,31 @@ def test_what_is_wrong_is_said_in_one_line_with_exit_code_2(
     assert not (here / "never").exists()
 
 
+def test_a_backbone_of_other_dimensions_or_another_family_says_what_differs(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 6}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320}
+    small: Any = Qwen2Config(**sizes)  # type: ignore[arg-type]
+    Qwen2ForCausalLM(small).save_pretrained(tmp_path / "small")
+    flags = f"--init_from_backbone --backbone_model {tmp_path}/small --variant alternating "
+    flags += "--model_name_or_path path_or_repo_with_alternating_attn"
+    assert run(f"{flags} --dry_run_step", here) == 2
+    assert "hidden_size is 32 in the backbone and 48 here" in capsys.readouterr().err
+    assert run(f"{flags} --inspect_weights", here) == 0
+    assert "shape-mismatched (not copied), " in capsys.readouterr().out
+    same = flags.replace(f"{tmp_path}/small", "qwen2-base-or-local")
+    assert run(f"{same} --dry_run_step", here) == 0
+
+    llama: Any = LlamaConfig(**sizes)  # type: ignore[arg-type]
+    LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
+    other = f"--init_from_backbone --backbone_model {tmp_path}/llama --dry_run_step"
+    assert run(other, here) == 2
+    assert "llama is a llama model" in capsys.readouterr().err.replace(f"{tmp_path}/", "")
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         guarded("alternating_train", ["-h"])

@@ -21,7 +21,7 @@ from rwkvtune.training.alternating import (
     checkpoints,
     choose_trainable,
     parameter_groups,
-    processor_for,
+    processor_of,
     synthetic_batch,
 )
 from rwkvtune.training.alternating_config import AlternatingSettings, TuneOptions
@@ -213,6 +213,8 @@ def test_a_made_up_sample_fits_a_model_with_and_without_a_tower() -> None:
     model = composed_model("alternating")
     # letters beyond the tiny vocabulary
     tokenizer = byte_tokenizer()
-    batch = synthetic_batch(model, tokenizer, processor_for(model))
+    batch = synthetic_batch(model, tokenizer, processor_of(model.config))
     assert batch["images"][0].shape == (1, 3, 28, 28)
-    assert "images" not in synthetic_batch(golden_model("base"), tokenizer, processor_for(model))
+    assert "images" not in synthetic_batch(
+        golden_model("base"), tokenizer, processor_of(model.config)
+    )

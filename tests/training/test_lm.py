@@ -296,3 +296,42 @@ def test_lengths_of_epochs_and_runs(
     config = TrainConfig.from_flat({"micro_bsz": 16, "ctx_len": 512, **settings})
     plan = make_plan(config, world_size=1, num_slots=num_slots)
     assert (plan.epoch_steps, plan.total_steps) == expected
+
+
+def test_weights_kept_in_bf16_give_the_bits_of_weights_cast_in_each_micro_batch(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"micro_bsz": 2, "accumulate_grad_batches": 2, "exit_tokens": 6 * 4 * 32}
+    for how in ("kept", "cast"):
+        train(text, tmp_path / how, precision="bf16", working_weights=how, **sizes)
+        said = "matrices in bf16 written once per step" in capsys.readouterr().out
+        assert said is (how == "kept")
+    assert losses(tmp_path / "kept") == losses(tmp_path / "cast")
+    kept, cast = (load_weights(tmp_path / how / "rwkv-final.pth") for how in ("kept", "cast"))
+    assert all(torch.equal(kept[name], cast[name]) for name in cast)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_kept"),
+    [
+        ({"accumulate_grad_batches": 2}, True),
+        ({"chunk_len": 256}, True),
+        ({}, False),
+        ({"working_weights": "kept"}, True),
+        ({"working_weights": "cast", "accumulate_grad_batches": 2}, False),
+        ({"precision": "fp32", "working_weights": "kept"}, False),
+    ],
+)
+def test_weights_are_kept_where_a_step_casts_them_several_times(
+    changes: dict[str, object], is_kept: bool
+) -> None:
+    assert TrainConfig.from_flat(changes).keeps_working_weights is is_kept
+
+
+def test_compile_on_a_cpu_without_a_compiler_is_refused_before_the_run(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(UserError, match=r"compile=true needs a C\+\+ compiler"):
+        train(text, tmp_path / "run", compile=True)
+    assert not (tmp_path / "run").exists()

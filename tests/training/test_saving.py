@@ -34,12 +34,18 @@ def test_a_run_that_saves_in_the_background_and_is_killed_ends_with_the_same_fil
 
 
 def test_what_is_written_is_what_the_tensors_were_when_they_were_taken() -> None:
-    may_write, written = threading.Event(), []
+    written: list[list[float]] = []
+    may_write = threading.Event()
     weight = torch.ones(3)
     with Writer(in_background=True) as writer:
         copies = writer.take(1, {"w": weight}, write=True)
         assert writer.take(1, {"w": weight}, write=True)["w"] is copies["w"], "copied once a step"
-        writer.run(lambda: (may_write.wait(), written.append(copies["w"].tolist())))
+
+        def write() -> None:
+            may_write.wait()
+            written.append(copies["w"].tolist())
+
+        writer.run(write)
         weight.zero_()
         assert written == []
         may_write.set()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rwkvtune.kernels.dispatch import fuses_with_triton
+from rwkvtune.kernels.working_weights import in_type
 
 L2WRAP = 1e-4
 """Upstream's pull of each position's largest logit towards zero."""
@@ -45,11 +46,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor,
-        ignore_index: int, l2wrap: float, chunk_rows: int,
+        ignore_index: int, l2wrap: float, chunk_rows: int, backend: str,
     ) -> Tensor:  # fmt: skip
         C, (V, _) = hidden.shape[-1], weight.shape
         x, y = hidden.reshape(-1, C), targets.reshape(-1)
-        w = weight.to(x.dtype)
+        w = in_type(weight, x.dtype)
         need_dx, need_dw = ctx.needs_input_grad[:2]
         counted = y != ignore_index
         gold = torch.where(counted, y, 0)
@@ -64,7 +65,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
             for first in range(0, logits.shape[0], block):
                 some = logits[first : first + block]
                 here = slice(begin + first, begin + first + some.shape[0])
-                loss += _softmax_into_gradient(some, gold[here], counted[here], l2wrap)
+                loss += _softmax_into_gradient(some, gold[here], counted[here], l2wrap, backend)
             if dx is not None:
                 torch.mm(logits, w, out=dx[part])
             if need_dw:
@@ -81,17 +82,19 @@ class _HeadCrossEntropy(torch.autograd.Function):
             dx = dx * grad.to(dx.dtype)
         if dw is not None:
             dw = (dw * grad).to(ctx.weight_dtype)
-        return dx, dw, None, None, None, None
+        return dx, dw, None, None, None, None, None
 
 
-def _softmax_into_gradient(logits: Tensor, gold: Tensor, counted: Tensor, l2wrap: float) -> Tensor:
+def _softmax_into_gradient(
+    logits: Tensor, gold: Tensor, counted: Tensor, l2wrap: float, backend: str
+) -> Tensor:
     """Overwrite logits [rows, V] with d(sum of losses)/d(logits), L2Wrap included; return the sum
     in fp32.
 
     Rows that are not counted get a zero gradient. The largest logit is the first one where several
     are equal.
     """
-    if fuses_with_triton(logits):
+    if fuses_with_triton(logits, backend=backend):
         from . import triton_gpu
 
         return triton_gpu.softmax_into_gradient(logits, gold, counted, l2wrap)
@@ -126,6 +129,7 @@ def head_cross_entropy(
     ignore_index: int = -100,
     l2wrap: float = L2WRAP,
     chunk_rows: int = 0,
+    backend: str = "auto",
 ) -> Tensor:
     """Sum over positions of -log softmax(hidden weightᵀ)[target], with L2Wrap in its gradient only.
 
@@ -134,8 +138,11 @@ def head_cross_entropy(
     l2wrap: adds l2wrap * max_logit to the gradient of each position's largest logit (0 = off); with
     the mean taken over positions this is upstream's max_logit * 1e-4 / (B*T).
     chunk_rows: positions whose logits exist at once (upstream's head_chunk); 0 = as many as 64 MB
-    of bf16 hold. Returns the sum, fp32 scalar. Softmax and sums are fp32 whatever the input.
+    of bf16 hold.  backend: that of the recurrence; see `fuses_with_triton`.
+    Returns the sum, fp32 scalar. Softmax and sums are fp32 whatever the input.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        loss = _HeadCrossEntropy.apply(hidden, weight, targets, ignore_index, l2wrap, chunk_rows)
+        loss = _HeadCrossEntropy.apply(
+            hidden, weight, targets, ignore_index, l2wrap, chunk_rows, backend
+        )
         return cast(Tensor, loss)

@@ -1,7 +1,8 @@
 """The small tensors around the recurrences: x070's keys before it; norm, bonus and gate after it.
 
 Each token passes through about twenty elementwise operations per block. Autograd keeps most of
-their results and reads them once more each; the functions here keep only their inputs.
+their results and reads them once more each; the functions here keep only their inputs. Each takes
+the backend of the recurrence, which decides for all of them: see `fuses_with_triton`.
 """
 
 from __future__ import annotations
@@ -80,7 +81,13 @@ class _PrepareKeys(torch.autograd.Function):
 
 
 def prepare_keys(
-    k: Tensor, a_logit: Tensor, k_k: Tensor, k_a: Tensor, head_size: int
+    k: Tensor,
+    a_logit: Tensor,
+    k_k: Tensor,
+    k_a: Tensor,
+    head_size: int,
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keys as the x070 recurrence takes them.
 
@@ -90,7 +97,7 @@ def prepare_keys(
     Returns new_k, -kk and kk * a, each [B, T, C] in k's type: the recurrence's k, a and b.
     Source: RWKV-7 "Goose", arXiv:2503.14456; the norm's smallest divisor is torch's.
     """
-    if fuses_with_triton(k, head_size):
+    if fuses_with_triton(k, head_size, backend):
         from . import triton_gpu
 
         return triton_gpu.prepare_keys(k, a_logit, k_k, k_a, head_size, _smallest_norm(k.dtype))
@@ -175,6 +182,8 @@ def norm_bonus_gate(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """What follows the x070 recurrence, up to the output projection.
 
@@ -184,7 +193,7 @@ def norm_bonus_gate(
     r_k: [H, N]; weight, bias: [H * N], any float type.  Returns [B, T, H * N] in y's type.
     Source: RWKV-7 "Goose", arXiv:2503.14456.
     """
-    if fuses_with_triton(y, y.shape[3]):
+    if fuses_with_triton(y, y.shape[3], backend):
         from . import triton_gpu
 
         return triton_gpu.norm_bonus_gate(y, r, k, v, g, r_k, weight, bias, eps)
@@ -232,7 +241,9 @@ class _NormGate(torch.autograd.Function):
         return dy, dgate, dweight, dbias, None
 
 
-def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def norm_gate(
+    y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str = "auto"
+) -> Tensor:
     """What follows the x052 and x060 recurrences, up to the output projection.
 
         out = (groupnorm(y) weight + bias) silu(gate)      norm per head
@@ -240,7 +251,7 @@ def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float)
     y: [B, T, H, N], fp32 or bf16.  gate: [B, T, H * N] of its dtype.  weight, bias: [H * N], any
     float type.  Returns [B, T, H * N] in y's type.  Source: "Eagle and Finch", arXiv:2404.05892.
     """
-    if fuses_with_triton(y, y.shape[3]):
+    if fuses_with_triton(y, y.shape[3], backend):
         from . import triton_gpu
 
         return triton_gpu.norm_gate(y, gate, weight, bias, eps)
@@ -264,21 +275,21 @@ class _SquaredRelu(torch.autograd.Function):
         return dx
 
 
-def squared_relu(x: Tensor) -> Tensor:
+def squared_relu(x: Tensor, *, backend: str = "auto") -> Tensor:
     """max(x, 0)^2, any shape and float type, keeping one tensor for its backward."""
-    if fuses_with_triton(x):
+    if fuses_with_triton(x, backend=backend):
         from . import triton_gpu
 
         return triton_gpu.squared_relu(x)
     return cast(Tensor, apply(_SquaredRelu, x))
 
 
-def value_residual(v: Tensor, first: Tensor, logit: Tensor) -> Tensor:
+def value_residual(v: Tensor, first: Tensor, logit: Tensor, *, backend: str = "auto") -> Tensor:
     """x070's value, blended with that of the first block: v + (first - v) sigmoid(logit).
 
     v, first, logit: [B, T, C], one float type.  Source: RWKV-7 "Goose", arXiv:2503.14456.
     """
-    if fuses_with_triton(v):
+    if fuses_with_triton(v, backend=backend):
         from . import triton_gpu
 
         return triton_gpu.value_residual(v, first, logit)

@@ -85,7 +85,12 @@ def column_sum(x: Tensor) -> Tensor:
 
 
 def token_shift_mix(
-    z: Tensor, mix: Tensor, before: Tensor | None = None, reset: Tensor | None = None
+    z: Tensor,
+    mix: Tensor,
+    before: Tensor | None = None,
+    reset: Tensor | None = None,
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """Blend each token with the one before it, once per row of `mix`.
 
@@ -93,11 +98,12 @@ def token_shift_mix(
 
     z: [B, T, C], fp32 or bf16.  mix: [S, C], any float type.  before: [B, C], the token before the
     window (zeros when None).  reset: bool [B, T], True where a document starts: its first token
-    sees zeros. Returns S tensors [B, T, C] of z's dtype.  Source: RWKV-7 "Goose", arXiv:2503.14456,
-    token shift.
+    sees zeros.  backend: that of the recurrence; see `fuses_with_triton`.
+    Returns S tensors [B, T, C] of z's dtype.
+    Source: RWKV-7 "Goose", arXiv:2503.14456, token shift.
     """
     before = token_before(z[:, -1], before)
-    if fuses_with_triton(z) and len(mix) <= 6:
+    if fuses_with_triton(z, backend=backend) and len(mix) <= 6:
         from . import triton_gpu
 
         return triton_gpu.token_shift_mix(z, mix, before, reset)

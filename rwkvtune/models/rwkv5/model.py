@@ -24,6 +24,8 @@ GROUP_NORM_EPS = 64e-5
 class TimeMix(nn.Module):
     """What a block takes from earlier tokens: the recurrence, and all that prepares its inputs."""
 
+    recurrence = staticmethod(wkv5)
+
     def __init__(self, config: RWKV5Config) -> None:
         super().__init__()
         C, H, N = config.n_embd, config.num_heads, config.head_size
@@ -55,8 +57,8 @@ class TimeMix(nn.Module):
         # A share of the token itself, where token_shift_mix takes that of the one before it.
         own = torch.cat([self.time_mix_k, self.time_mix_v, self.time_mix_r, self.time_mix_g])
         before = None if state is None else state.att_shift
-        xk, xv, xr, xg = token_shift_mix(x, 1 - own.view(4, C), before, reset)
-        y, wkv_state = wkv5(
+        xk, xv, xr, xg = token_shift_mix(x, 1 - own.view(4, C), before, reset, backend=backend)
+        y, wkv_state = self.recurrence(
             self.receptance(xr).view(B, T, H, N),
             self.key(xk).view(B, T, H, N),
             self.value(xv).view(B, T, H, N),
@@ -66,7 +68,9 @@ class TimeMix(nn.Module):
             reset=reset,
             backend=backend,
         )
-        y = norm_gate(y, self.gate(xg), self.ln_x.weight, self.ln_x.bias, GROUP_NORM_EPS)
+        y = norm_gate(
+            y, self.gate(xg), self.ln_x.weight, self.ln_x.bias, GROUP_NORM_EPS, backend=backend
+        )
         return self.output(y), None, wkv_state
 
 
@@ -82,11 +86,13 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(C, C)
         self.value = Linear(F, C)
 
-    def forward(self, x: Tensor, before: Tensor | None, reset: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, before: Tensor | None, reset: Tensor | None, backend: str
+    ) -> Tensor:
         """x [B,T,C] (after ln2), the token before it [B,C] -> output [B,T,C]."""
         own = torch.cat([self.time_mix_k, self.time_mix_r]).view(2, -1)
-        xk, xr = token_shift_mix(x, 1 - own, before, reset)
-        mixed: Tensor = self.value(squared_relu(self.key(xk)))
+        xk, xr = token_shift_mix(x, 1 - own, before, reset, backend=backend)
+        mixed: Tensor = self.value(squared_relu(self.key(xk), backend=backend))
         return torch.sigmoid(self.receptance(xr)) * mixed
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rwkvtune.kernels.fused.time_mix import norm_gate, squared_relu
 from rwkvtune.kernels.fused.token_shift import blend, shift_difference, token_shift_mix
 from rwkvtune.kernels.wkv6 import wkv6
+from rwkvtune.kernels.working_weights import in_type
 from rwkvtune.models.frame import Block, LanguageModel, Ramps
 from rwkvtune.models.layers import LayerState, Linear, empty
 from rwkvtune.models.rwkv6.config import RWKV6Config
@@ -23,6 +24,8 @@ GROUP_NORM_EPS = 64e-5
 
 class TimeMix(nn.Module):
     """What a block takes from earlier tokens: the recurrence, and all that prepares its inputs."""
+
+    recurrence = staticmethod(wkv6)
 
     def __init__(self, config: RWKV6Config) -> None:
         super().__init__()
@@ -60,19 +63,19 @@ class TimeMix(nn.Module):
         (H, N), dtype = self.time_faaaa.shape, x.dtype
         d = shift_difference(x, None if state is None else state.att_shift, reset)
         mixed = torch.addcmul(x, d, self.time_maa_x.to(dtype))
-        low_rank = torch.tanh(mixed @ self.time_maa_w1.to(dtype))
+        low_rank = torch.tanh(mixed @ in_type(self.time_maa_w1, dtype))
         low_rank = low_rank.view(B * T, 5, -1).transpose(0, 1)  # [5,BT,M]
         fixed = torch.cat(
             [self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g]
         ).view(5, 1, C)
-        mix = torch.baddbmm(fixed.to(dtype), low_rank, self.time_maa_w2.to(dtype))
+        mix = torch.baddbmm(fixed.to(dtype), low_rank, in_type(self.time_maa_w2, dtype))
         xw, xk, xv, xr, xg = blend(x, d, mix.view(5, B, T, C))
 
         # fp32: a decay near 1 is the exponential of a small number, which 8 bits would blur.
-        w = self.time_decay + torch.tanh(xw @ self.time_decay_w1.to(dtype)) @ (
-            self.time_decay_w2.to(dtype)
+        w = self.time_decay + torch.tanh(xw @ in_type(self.time_decay_w1, dtype)) @ (
+            in_type(self.time_decay_w2, dtype)
         )
-        y, wkv_state = wkv6(
+        y, wkv_state = self.recurrence(
             self.receptance(xr).view(B, T, H, N),
             self.key(xk).view(B, T, H, N),
             self.value(xv).view(B, T, H, N),
@@ -82,7 +85,9 @@ class TimeMix(nn.Module):
             reset=reset,
             backend=backend,
         )
-        y = norm_gate(y, self.gate(xg), self.ln_x.weight, self.ln_x.bias, GROUP_NORM_EPS)
+        y = norm_gate(
+            y, self.gate(xg), self.ln_x.weight, self.ln_x.bias, GROUP_NORM_EPS, backend=backend
+        )
         return self.output(y), None, wkv_state
 
 
@@ -98,11 +103,13 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(C, C)
         self.value = Linear(F, C)
 
-    def forward(self, x: Tensor, before: Tensor | None, reset: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, before: Tensor | None, reset: Tensor | None, backend: str
+    ) -> Tensor:
         """x [B,T,C] (after ln2), the token before it [B,C] -> output [B,T,C]."""
         mix = torch.cat([self.time_maa_k, self.time_maa_r]).view(2, -1)
-        xk, xr = token_shift_mix(x, mix, before, reset)
-        mixed: Tensor = self.value(squared_relu(self.key(xk)))
+        xk, xr = token_shift_mix(x, mix, before, reset, backend=backend)
+        mixed: Tensor = self.value(squared_relu(self.key(xk), backend=backend))
         return torch.sigmoid(self.receptance(xr)) * mixed
 
 

@@ -22,6 +22,7 @@ from rwkvtune.kernels.fused.time_mix import (
 from rwkvtune.kernels.fused.token_shift import token_shift_mix
 from rwkvtune.kernels.wkv7 import wkv7
 from rwkvtune.kernels.wkv7.reference import LOG_DECAY_SCALE
+from rwkvtune.kernels.working_weights import in_type
 from rwkvtune.models.frame import Block, LanguageModel, Ramps
 from rwkvtune.models.layers import LayerState, Linear, empty
 from rwkvtune.models.rwkv7.config import UNUSED, RWKV7Config
@@ -33,6 +34,8 @@ size."""
 
 class TimeMix(nn.Module):
     """What a block takes from earlier tokens: the recurrence, and all that prepares its inputs."""
+
+    recurrence = staticmethod(wkv7)
 
     def __init__(self, config: RWKV7Config, layer: int) -> None:
         super().__init__()
@@ -81,35 +84,41 @@ class TimeMix(nn.Module):
         H, N, dtype = self.num_heads, self.head_size, x.dtype
         mix = torch.cat([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g]).view(6, C)
         before = None if state is None else state.att_shift
-        xr, xw, xk, xv, xa, xg = token_shift_mix(x, mix, before, reset)
+        xr, xw, xk, xv, xa, xg = token_shift_mix(x, mix, before, reset, backend=backend)
 
         r = self.receptance(xr)
         k = self.key(xk)
         v = self.value(xv)
         # Raw: the kernel bounds the decay, and prepare_keys the in-context learning rate.
-        w = F.linear(
-            torch.tanh(xw @ self.w1.to(dtype)), self.w2.T.to(dtype), self.w0.to(dtype).view(C)
-        )
-        a_logit = F.linear(xa @ self.a1.to(dtype), self.a2.T.to(dtype), self.a0.to(dtype).view(C))
-        g = torch.sigmoid(xg @ self.g1.to(dtype)) @ self.g2.to(dtype)
+        w = low_rank(torch.tanh(xw @ in_type(self.w1, dtype)), self.w2, self.w0)
+        a_logit = low_rank(xa @ in_type(self.a1, dtype), self.a2, self.a0)
+        g = torch.sigmoid(xg @ in_type(self.g1, dtype)) @ in_type(self.g2, dtype)
         if v_first is None:
             v_first = v
         else:
-            gate = F.linear(xv @ self.v1.to(dtype), self.v2.T.to(dtype), self.v0.to(dtype).view(C))
-            v = value_residual(v, v_first, gate)
-        k, removal, insertion = prepare_keys(k, a_logit, self.k_k.view(C), self.k_a.view(C), N)
+            gate = low_rank(xv @ in_type(self.v1, dtype), self.v2, self.v0)
+            v = value_residual(v, v_first, gate, backend=backend)
+        k, removal, insertion = prepare_keys(
+            k, a_logit, self.k_k.view(C), self.k_a.view(C), N, backend=backend
+        )
 
         r, w, k, v, removal, insertion = (
             z.view(B, T, H, N) for z in (r, w, k, v, removal, insertion)
         )
         before_state = None if state is None else state.wkv
-        y, wkv_state = wkv7(
+        y, wkv_state = self.recurrence(
             r, w, k, v, removal, insertion, before_state, reset=reset, backend=backend
         )
         y = norm_bonus_gate(
-            y, r, k, v, g, self.r_k, self.ln_x.weight, self.ln_x.bias, GROUP_NORM_EPS
-        )
+            y, r, k, v, g, self.r_k, self.ln_x.weight, self.ln_x.bias, GROUP_NORM_EPS,
+            backend=backend,
+        )  # fmt: skip
         return self.output(y), v_first, wkv_state
+
+
+def low_rank(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [B,T,M] times the second of two thin matrices, [M,C], and a bias [1,1,C], in x's type."""
+    return F.linear(x, in_type(weight, x.dtype).T, bias.to(x.dtype).view(-1))
 
 
 class ChannelMix(nn.Module):
@@ -121,10 +130,12 @@ class ChannelMix(nn.Module):
         self.key = Linear(config.n_embd, config.dim_ffn)
         self.value = Linear(config.dim_ffn, config.n_embd)
 
-    def forward(self, x: Tensor, before: Tensor | None, reset: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, before: Tensor | None, reset: Tensor | None, backend: str
+    ) -> Tensor:
         """x [B,T,C] (after ln2), the token before it [B,C] -> output [B,T,C]."""
-        (xk,) = token_shift_mix(x, self.x_k.view(1, -1), before, reset)
-        mixed: Tensor = self.value(squared_relu(self.key(xk)))
+        (xk,) = token_shift_mix(x, self.x_k.view(1, -1), before, reset, backend=backend)
+        mixed: Tensor = self.value(squared_relu(self.key(xk), backend=backend))
         return mixed
 
 
