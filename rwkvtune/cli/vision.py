@@ -77,6 +77,7 @@ def train(argv: list[str]) -> int:
 
 def add_settings(parser: OneLineParser) -> None:
     """A flag for each field of VisionConfig."""
+    parser.usage = f"{parser.prog} [--config FILE] [--SETTING VALUE ...]"
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     told = field_docs()
     for field in dataclasses.fields(VisionConfig):

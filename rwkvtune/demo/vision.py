@@ -131,7 +131,7 @@ def majority(chat: Path, scores: Scores) -> float:
     return 100 * sum(right) / len(right)
 
 
-def contact_sheet(scores: Scores, pictures: Path, path: Path, *, columns: int = 6) -> None:
+def contact_sheet(scores: Scores, pictures: Path, path: Path, *, columns: int = 5) -> None:
     """A PNG of the first pictures with their questions and the answers given, wrong ones in red."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -142,21 +142,22 @@ def contact_sheet(scores: Scores, pictures: Path, path: Path, *, columns: int = 
     by_picture: dict[str, list[Any]] = {}
     for answer in scores.answers:
         by_picture.setdefault(answer.question.pictures[0], []).append(answer)
-    shown: Sequence[str] = list(by_picture)[: 4 * columns]
+    shown: Sequence[str] = list(by_picture)[: 5 * columns]
     store = PictureStore(pictures)
     with matplotlib.rc_context({"font.size": 8}):
-        figure = Figure(figsize=(2 * columns, 2.6 * -(-len(shown) // columns)))
+        rows = -(-len(shown) // columns)
+        figure = Figure(figsize=(2.8 * columns, 2.4 * rows), layout="constrained")
         FigureCanvasAgg(figure)
         for place, name in enumerate(shown, 1):
-            axes = figure.add_subplot(-(-len(shown) // columns), columns, place)
+            axes = figure.add_subplot(rows, columns, place)
             axes.imshow(store.open(name))
             axes.set_axis_off()
             for line, a in enumerate(by_picture[name]):
                 text = f"{a.question.text} {a.said}"
                 if not a.is_right:
-                    text += f" ({a.question.answers[0]})"
+                    text += f" (no: {a.question.answers[0]})"
                 axes.text(
-                    0, SIDE + 5 * (line + 1), text, color="black" if a.is_right else "red",
-                    parse_math=False,
+                    SIDE / 2, SIDE + 5 * (line + 1), text, color="black" if a.is_right else "red",
+                    ha="center", parse_math=False,
                 )  # fmt: skip
         atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=90))
