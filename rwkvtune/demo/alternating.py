@@ -55,12 +55,12 @@ TRAINING: dict[str, Any] = {
 def run_alternating_demo(folder: Path) -> int:
     """Make the backbone and the task in `folder`, train the three, print the table; the exit
     code."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # not used, but imported
     from rwkvtune.demo.correspondence import write_task
     from rwkvtune.evaluation.alternating import read_questions
     from rwkvtune.training.alternating_config import AlternatingSettings
     from rwkvtune.training.alternating_sweep import cells_of, run_cell, table
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # not used, but imported
     began = time.perf_counter()
     train_path, test_path = write_task(folder / "task", train=TRAIN, test=TEST)
     backbone = _backbone(folder / "backbone")

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rwkvtune.files import atomic_write
+
 SIDE = 16
 """Pixels of a picture's side."""
 LETTERS = "ABCD"
@@ -33,8 +35,8 @@ def write_task(folder: Path, *, train: int, test: int, seed: int = 0) -> tuple[P
         path = folder / f"{name}.json"
         if not path.exists():
             records = list(_samples(folder, name, count, seed))
-            text = json.dumps(records)
-            path.write_text(text, encoding="utf-8")
+            content = json.dumps(records).encode()
+            atomic_write(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
         paths.append(path)
     return paths[0], paths[1]
 
