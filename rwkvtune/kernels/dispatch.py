@@ -151,9 +151,10 @@ def announce(kernel: str, choice: Choice, *, is_known: bool = False) -> None:
 
     is_known: the caller shows it in a place of its own, so that nothing is printed now or later.
     """
-    line = f"kernel {kernel}: {choice.backend} ({choice.reason})"
-    if line in _announced:
+    # Not with the reason: a run hands its choice on by name.
+    what = f"kernel {kernel}: {choice.backend}"
+    if what in _announced:
         return
-    _announced.add(line)
+    _announced.add(what)
     if not is_known and os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
+        print(f"{what} ({choice.reason})", file=sys.stderr)

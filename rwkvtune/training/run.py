@@ -229,6 +229,11 @@ def _prepare(
         config.device.kernel,
         config.device.kernel_precision,
     )
+    if config.device.kernel_precision == "high" and not kernel.backend.startswith("triton_gpu"):
+        notes.append(
+            f"kernel_precision='high' does nothing with the kernel {kernel.backend}: its products "
+            "are as exact as fp32 anyway"
+        )
     _check_devices(config, world_size)
     _check_compiler(config, device)
     adapter = config.adapter.settings()
