@@ -1,10 +1,12 @@
 # Targets for people and for continuous integration. `make` alone lists them.
 #
 #   PYTHON  the interpreter that .venv is made with             make venv PYTHON=python3.12
+#   CASES   how many damaged files `make fuzz` reads            make fuzz CASES=5000
 #   OUT     the folder that `make gpu-check` writes into        make gpu-check OUT=/data/results
-#   PEERS   a folder with other implementations, docs/gpu.md  make gpu-check PEERS=/data/peers
+#   PEERS   a folder with other implementations, docs/gpu.md    make gpu-check PEERS=/data/peers
 PYTHON ?= python3
 OUT ?= benchmarks/results
+CASES ?= 100000
 
 VENV_PYTHON := .venv/bin/python
 # Written last, so an installation that was interrupted is done again.
@@ -12,7 +14,8 @@ READY := .venv/.ready
 # A GPU machine may have neither .venv nor a package index: there, take the python that has torch.
 ANY_PYTHON = $$(if test -f $(READY); then echo $(VENV_PYTHON); else echo $(PYTHON); fi)
 
-.PHONY: help venv test demo demo-sft lint bench gpu-check clean
+.PHONY: help venv test test-faults fuzz demo demo-sft demo-lora demo-vision demo-alternating
+.PHONY: lint bench gpu-check clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -22,11 +25,26 @@ venv: $(READY) ## make .venv with what the tests and the demo need
 test: $(READY) ## run the tests
 	$(VENV_PYTHON) -m pytest
 
+test-faults: $(READY) ## kill, fill, cut and restart runs, and print what they lost
+	$(VENV_PYTHON) -m tests.faults
+
+fuzz: $(READY) ## read 100,000 damaged files of every kind; CASES=n for another number
+	$(VENV_PYTHON) -W ignore -m tests.fuzz --cases $(CASES)
+
 demo: $(READY) ## train a small RWKV-7 on the bundled text, on the CPU, in minutes
 	@$(VENV_PYTHON) -m rwkvtune demo
 
 demo-sft: $(READY) ## pretrain a tiny model, fine-tune it on instructions, check its answers; minutes
 	@$(VENV_PYTHON) -m rwkvtune demo sft
+
+demo-vision: $(READY) ## train a small model to see drawn pictures and digits, on the CPU, in minutes
+	@$(VENV_PYTHON) -m rwkvtune vision demo
+
+demo-alternating: $(READY) ## train plain and alternating attention on one visual task, compare them; minutes
+	@$(VENV_PYTHON) -m rwkvtune demo alternating
+
+demo-lora: $(READY) ## fine-tune a tiny model by LoRA, on an nf4 base, by its state and in full; minutes
+	@$(VENV_PYTHON) -m rwkvtune demo lora
 
 lint: $(READY) ## ruff (rules and formatting) and mypy
 	$(VENV_PYTHON) -m ruff check .
@@ -39,6 +57,7 @@ bench: $(READY) ## measure on this CPU: steps, recurrence, whole runs, generatio
 	$(VENV_PYTHON) -m benchmarks.run
 	$(VENV_PYTHON) -m benchmarks.generate
 	$(VENV_PYTHON) -m benchmarks.data
+	$(VENV_PYTHON) -m benchmarks.vision
 
 gpu-check: ## GPU tests and benchmarks in one go, JSON into OUT=dir; without a GPU says so
 	@$(ANY_PYTHON) -m benchmarks.gpu_check --out "$(OUT)" $(if $(PEERS),--peers "$(PEERS)")

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ class Check:
             self.part("step", self.measure_steps, needs_s=20)
             self.part("peers", lambda: self.measure_peers(builds), needs_s=20)
             self.part("wkv7_choices", self.measure_choices, needs_s=30)
+            self.part("adapters", self.measure_adapters, needs_s=30)
             self.part("wkv", self.measure_kernels, needs_s=30)
         finally:
             for build in builds.values():
@@ -176,6 +178,17 @@ class Check:
             rows.append({"kernel": kernel, "chunk_len": chunk_len, "precision": precision} | row)
             free_memory(self.device)
         return rows
+
+    def measure_adapters(self) -> Any:
+        """Steps of LoRA and packed bases against full fine-tuning at L12 D768."""
+        missing = [name for name in ("peft", "bitsandbytes") if find_spec(name) is None]
+        if missing:
+            return f"not measured: no {', '.join(missing)}"
+        from benchmarks.adapters import measure_steps
+
+        if self.tiny:
+            return measure_steps(self.device, micro_bsz=1, ctx_len=16, repeats=1, vocab_size=64)
+        return measure_steps(self.device, micro_bsz=8, ctx_len=512, repeats=3, vocab_size=65536)
 
     def measure_kernels(self) -> dict[str, Any]:
         from benchmarks import wkv

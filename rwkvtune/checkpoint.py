@@ -90,6 +90,15 @@ _FP16_END = 65520  # from here on a value is rounded to infinity
 _PTH_ALIGNMENT = 64  # bytes, as torch.save aligns the data of a tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as one piece, gathered when it is sharded. Every rank must call this for every
+    tensor."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    gathered: Tensor = tensor.full_tensor()
+    return gathered
+
+
 def load_weights(path: str | os.PathLike[str], *, verify: bool = True) -> dict[str, Tensor]:
     """Read a weights file: name -> CPU tensor, in the file's dtypes and shapes.
 
@@ -117,22 +126,30 @@ def save_weights(
     weights: Mapping[str, Tensor],
     *,
     dtype: torch.dtype | str | None = None,
+    write: bool = True,
 ) -> None:
     """Write name -> tensor as `.pth` (torch's zip format) or `.safetensors`, whole or not at all.
 
     dtype: what floating tensors are stored in ("fp32", "bf16", "fp16" or a torch.dtype); None keeps
     each as it is. Each tensor is stored alone: a view takes only its own elements along, and tied
     tensors become two copies. They are converted one by one as they are written, so memory-mapped
-    weights of any size take the memory of their largest tensor. Raises UserError for an unknown
-    suffix or dtype, values beyond fp16, a full disk or a folder that is not writable.
+    weights of any size take the memory of their largest tensor; so do sharded ones, which are
+    gathered one by one too: every rank calls this, and those with write=False only help. Raises
+    UserError for an unknown suffix or dtype, values beyond fp16, a full disk or a folder that is
+    not writable.
     """
     path = Path(path)
     if path.suffix not in (".pth", ".safetensors"):
         raise UserError(f"cannot tell the format of {path}: end the name in .pth or .safetensors.")
-    write = write_safetensors if path.suffix == ".safetensors" else write_pth
     target = save_dtype(dtype)
     tensors = {name: _plain(name, tensor) for name, tensor in weights.items()}
-    atomic_write(path, lambda file: write(file, tensors, target))
+    is_pth = path.suffix == ".pth"
+    if not write:
+        for name in tensors if is_pth else _in_file_order(tensors, target):
+            whole(tensors[name])
+        return
+    write_format = write_pth if is_pth else write_safetensors
+    atomic_write(path, lambda file: write_format(file, tensors, target))
 
 
 def _check_zip(path: Path, *, verify: bool) -> None:
@@ -239,8 +256,9 @@ def save_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def stored_as(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor in the type that it is stored in, if it is floating-point; UserError where fp16
-    does not reach."""
+    """The whole tensor in the type that it is stored in, if it is floating-point; UserError where
+    fp16 does not reach."""
+    tensor = whole(tensor)
     if dtype is None or not tensor.is_floating_point():
         return tensor
     stored = tensor.to(dtype)
@@ -260,7 +278,8 @@ def stored_as(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _plain(name: str, tensor: Tensor) -> Tensor:
     """The tensor without its gradient history; TypeError for what our formats cannot hold."""
     tensor = tensor.detach()
-    if type(tensor) is not Tensor or tensor.dtype not in _SAFETENSORS_DTYPES:
+    is_sharded = hasattr(tensor, "full_tensor")
+    if not (type(tensor) is Tensor or is_sharded) or tensor.dtype not in _SAFETENSORS_DTYPES:
         raise TypeError(f"{name}: cannot store a {type(tensor).__name__} of {tensor.dtype}")
     return tensor
 
@@ -345,6 +364,17 @@ def write_safetensors(
     return crc
 
 
+def _in_file_order(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> list[str]:
+    """Names in the order of a safetensors file: the widest elements first, which keeps every tensor
+    aligned to its element size."""
+
+    def place(name: str) -> tuple[int, str]:
+        kind = dtype if dtype and tensors[name].is_floating_point() else tensors[name].dtype
+        return -kind.itemsize, name
+
+    return sorted(tensors, key=place)
+
+
 def _safetensors_blocks(
     tensors: Mapping[str, Tensor], dtype: torch.dtype | None
 ) -> Iterator[bytes | memoryview]:
@@ -352,8 +382,7 @@ def _safetensors_blocks(
         name: dtype if dtype and tensor.is_floating_point() else tensor.dtype
         for name, tensor in tensors.items()
     }
-    # The widest elements first keeps every tensor aligned to its element size.
-    names = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))
+    names = _in_file_order(tensors, dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
@@ -383,17 +412,26 @@ def resume_folder(run_dir: str | os.PathLike[str], step: int) -> Path:
 
 
 def save_resume_state(
-    folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    meta: Mapping[str, Any],
+    *,
+    write: bool = True,
 ) -> None:
     """Write a resume state into `folder` (see `resume_folder`), whole or not at all; replaces an
     older one there.
 
-    tensors: any plain dtype and device, flat names. meta: what JSON can hold; it comes back as JSON
-    gives it (tuples as lists, keys as strings, floats to the last bit). Raises UserError when the
-    disk is full or not writable, TypeError for what cannot be stored, before writing.
+    tensors: any plain dtype and device, flat names; sharded ones are gathered one by one: every
+    rank calls this, and those with write=False only help. meta: what JSON can hold; it comes back
+    as JSON gives it (tuples as lists, keys as strings, floats to the last bit). Raises UserError
+    when the disk is full or not writable, TypeError for what cannot be stored, before writing.
     """
     plain = {name: _plain(name, tensor) for name, tensor in tensors.items()}
     meta = json.loads(json.dumps(dict(meta)))
+    if not write:
+        for name in _in_file_order(plain, None):
+            whole(plain[name])
+        return
     with atomic_directory(folder) as temporary:
         tensors_path = temporary / _TENSORS_FILE
         with open(tensors_path, "wb") as file:

@@ -89,6 +89,21 @@ def _give_names(staged: list[tuple[Path, Path]]) -> None:
         _fsync_folder(folder)
 
 
+def inside(folder: str | os.PathLike[str], name: str) -> Path:
+    """The place of a file that a list or an index names, within its folder.
+
+    UserError for an absolute path and for one that climbs out of the folder: such a list could
+    otherwise make a run read any file of this machine.
+    """
+    relative = os.path.normpath(name)
+    if os.path.isabs(name) or relative.split(os.sep)[0] == os.pardir or "\0" in name:
+        raise UserError(
+            f"{name!r} lies outside of {os.fspath(folder)}: names must be relative to that folder "
+            "and stay in it"
+        )
+    return Path(folder) / name
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """UserError now where `atomic_write` to `path` would be refused after long work. Missing parent
     folders are made."""

@@ -133,11 +133,16 @@ def newest_weights(folder: Path) -> Path:
     for path in reversed(candidates):
         if path.is_file():
             return path
+    if (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder} is a Hugging Face folder; `rwkvtune export {folder} NAME.pth --to pth` may "
+            "turn it into weights"
+        )
     if any(folder.glob("adapter-*")):
         raise MissingFileError(
-            f"{folder} holds an adapter, which needs its base: rwkvtune merge BASE {folder} OUT.pth "
-            "writes weights that run by themselves (a tuned state: rwkvtune generate BASE --state "
-            f"{folder})"
+            f"{folder} holds an adapter, which needs its base: rwkvtune merge BASE {folder} "
+            "OUT.pth writes weights that run by themselves (a tuned state: rwkvtune generate BASE "
+            f"--state {folder})"
         )
     raise MissingFileError(
         f"{folder} is no run folder: it has no rwkv-final.pth, rwkv-N.pth or rwkv-init.pth. "

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rwkvtune.adapters.quant import QuantizedLinear
 from rwkvtune.data.build import build_token_files
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
 from rwkvtune.kernels.wkv5 import wkv5
@@ -134,3 +135,21 @@ def test_a_run_on_the_gpu_learns_and_goes_on_where_it_stopped(
     assert len(losses) == 60
     assert losses[0] > 4.0  # ln 66 = 4.19: nothing known
     assert sum(losses[-5:]) / 5 < 2.6  # letter frequencies alone give 3.3
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_a_matrix_packed_on_the_gpu_gives_the_product_that_the_cpu_gives(kind: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes comes with the dev extra")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    linear = torch.nn.Linear(96, 64, bias=False)
+    here = QuantizedLinear.of(linear, kind)
+    x = torch.randn(3, 96)
+    expected = here(x)
+    there = QuantizedLinear.of(linear.cuda(), kind)
+    # Ties between two levels may fall either way.
+    assert (there.weight.cpu() != here.weight).float().mean() < 1e-3
+    inputs = x.cuda().requires_grad_()
+    y = here.cuda()(inputs)
+    assert (y.cpu() - expected).abs().max() < 1e-4
+    (grad,) = torch.autograd.grad(y.sum(), inputs)
+    assert (grad - here.weight.sum(0)).abs().max() < 1e-4

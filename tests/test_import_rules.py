@@ -33,7 +33,7 @@ ROOMS: dict[str, tuple[set[str], set[str] | None]] = {
     "kernels": (set(), {"torch", "triton"}),
     "weights_header": (set(), set()),
     "checkpoint": ({"weights_header"}, {"torch", "safetensors"}),
-    "data/tokenizers": (set(), {"numpy", "pyrwkv_tokenizer"}),
+    "data/tokenizers": (set(), {"numpy", "pyrwkv_tokenizer", "numba"}),
     "data": ({"data/tokenizers"}, DATA_PACKAGES),
     "models": ({"kernels"}, {"torch", "transformers"}),
     "adapters": ({"models", "checkpoint"}, {"torch", "peft", "bitsandbytes"}),

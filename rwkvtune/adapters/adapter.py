@@ -95,7 +95,7 @@ def sizes(
                 each = float(parameter.element_size())
                 if type(module) is Linear and is_packed:
                     each = BYTES_PER_VALUE[KINDS[settings.quant]]
-                elif type(module) is Linear and settings.kind != "dora":
+                elif type(module) is Linear and not settings.reads_base_weights:
                     each = compute_dtype.itemsize
                 frozen += int(parameter.numel() * each)
     return Sizes(trained, frozen)
@@ -139,8 +139,7 @@ def attach(
             state.take(model, saved, "the saved adapter")
         else:
             lora.take(model, settings, saved)
-    # DoRA reads the weights themselves, for their norms.
-    if settings.kind != "dora":
+    if not settings.reads_base_weights:
         store_frozen(model, compute_dtype)
     return Adapter(settings, base, own, report)
 
@@ -151,6 +150,12 @@ def _wrap(model: LanguageModel, settings: AdapterSettings, *, is_resumed: bool) 
         state.attach(model)
     else:
         lora.wrap(model, settings, is_resumed=is_resumed)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and _is_of_base(name):
+            raise UserError(
+                f"peft_config makes {name} of the base trainable, which no adapter file would "
+                "hold: name its module in train_modules"
+            )
     return tuple(name for name in model.state_dict() if not _is_of_base(name))
 
 
@@ -160,15 +165,7 @@ def merge(model: LanguageModel, base_path: str, folder: Path) -> LanguageModel:
 
     UserError for another base than the adapter's, and for a folder that is none.
     """
-    about = read_about(folder)
-    if about is None:
-        if not (folder / lora.CONFIG_FILE).exists():
-            raise MissingFileError(
-                f"{folder} is no adapter folder: it has neither {ABOUT_FILE} nor {lora.CONFIG_FILE}"
-            )
-        return lora.merged(model, folder)
-    Base(**about["base"]).check(base_of(model, base_path), str(folder))
-    settings = AdapterSettings(**about["adapter"])
+    settings = _checked(model, base_path, folder)
     if settings.quant != "none":
         quantize(model, settings.quant)
         dequantize(model)
@@ -176,6 +173,35 @@ def merge(model: LanguageModel, base_path: str, folder: Path) -> LanguageModel:
         state.take(model, state.load(folder), str(folder))
         return model
     return lora.merged(model, folder)
+
+
+def load(model: LanguageModel, base_path: str, folder: Path) -> LanguageModel:
+    """The model with the adapter of a folder beside its weights, as it was trained; uses `model`
+    up.
+
+    UserError as in `merge`.
+    """
+    settings = _checked(model, base_path, folder)
+    if settings.quant != "none":
+        quantize(model, settings.quant)
+    if settings.kind == "state":
+        state.take(model, state.load(folder), str(folder))
+        return model
+    inside: LanguageModel = lora.put(model, folder).get_base_model()
+    return inside
+
+
+def _checked(model: LanguageModel, base_path: str, folder: Path) -> AdapterSettings:
+    """The settings of a folder; UserError when the model is not its base, or it is no adapter."""
+    about = read_about(folder)
+    if about is None:
+        if not (folder / lora.CONFIG_FILE).exists():
+            raise MissingFileError(
+                f"{folder} is no adapter folder: it has neither {ABOUT_FILE} nor {lora.CONFIG_FILE}"
+            )
+        return AdapterSettings("lora")  # what else it is, peft's own file says
+    Base(**about["base"]).check(base_of(model, base_path), str(folder))
+    return AdapterSettings(**about["adapter"])
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:

@@ -153,6 +153,15 @@ def save(
 def merged(model: LanguageModel, folder: Path) -> LanguageModel:
     """The plain model that answers as `model` does with the adapter of a folder; uses `model` up.
 
+    UserError as in `put`.
+    """
+    plain: LanguageModel = put(model, folder).merge_and_unload(safe_merge=True)
+    return plain
+
+
+def put(model: LanguageModel, folder: Path) -> Any:
+    """peft's wrapper around a model, with the adapter of a folder in it.
+
     UserError when the folder's tensors are not exactly those that its configuration asks for.
     """
     peft = _peft()
@@ -172,8 +181,7 @@ def merged(model: LanguageModel, folder: Path) -> LanguageModel:
             + f" ({len(differing)} such tensors)"
         )
     peft.set_peft_model_state_dict(wrapped, weights)
-    plain: LanguageModel = wrapped.merge_and_unload(safe_merge=True)
-    return plain
+    return wrapped
 
 
 def _check_modules(model: LanguageModel, settings: AdapterSettings) -> None:

@@ -109,9 +109,7 @@ class QuantizedLinear(nn.Linear):
             # As one row: bitsandbytes 0.50.2 on a CPU takes the wrong scales for a matrix whose
             # rows end inside a block.
             shape=torch.Size((1, 2 * self.codes.numel())),
-            code=functional.get_4bit_type(
-                self.kind, device=self.scales.device, blocksize=BLOCK_SIZE
-            ),
+            code=_levels(self.kind, self.scales.device),
             blocksize=BLOCK_SIZE,
             quant_type=self.kind,
             dtype=dtype,
@@ -158,17 +156,12 @@ class QuantReport:
 
     def in_words(self) -> str:
         """One line for the start of a run."""
-        tensors: dict[str, int] = {}
-        for name, size in self.kept.items():
-            part = re.sub(r"\bblocks\.\d+\.", "blocks.*.", name)
-            tensors[part] = tensors.get(part, 0) + size
-        largest = sorted(tensors, key=lambda part: -tensors[part])[:3]
-        shown = ", ".join(f"{part} {tensors[part] / 1e6:.2f} MB" for part in largest)
+        parts = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "*.", name) for name in self.kept)
         return (
             f"{self.kind}: {len(self.quantized)} matrices packed, weights "
             f"{self.bytes_before / 1e6:.2f} MB -> {self.bytes_after / 1e6:.2f} MB; in full "
-            f"precision {sum(self.kept.values()) / 1e6:.2f} MB in {len(self.kept)} tensors "
-            f"(largest: {shown})"
+            f"precision {sum(self.kept.values()) / 1e6:.2f} MB in {len(self.kept)} tensors: "
+            + " ".join(parts)
         )
 
 
@@ -262,6 +255,13 @@ def bytes_of(model: nn.Module) -> int:
     """Of all parameters and buffers; what two modules share counts once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@cache
+def _levels(kind: str, device: torch.device) -> Tensor:
+    """The 16 values that codes stand for."""
+    levels: Tensor = _functional().get_4bit_type(kind, device=device)
+    return levels
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

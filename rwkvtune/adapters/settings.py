@@ -63,6 +63,18 @@ class AdapterSettings:
                 f"quant={self.quant}: pissa takes its first components out of the base, which a "
                 "packed base cannot follow; use peft lora, rslora, dora or miss, or quant none"
             )
+        init = self.peft_config.get("init_lora_weights", True)
+        if init not in (True, False, "gaussian", "orthogonal"):
+            found.append(
+                f"peft_config: init_lora_weights={init!r} changes the base's weights, which are "
+                "only referred to; --peft pissa does that in a way that can be taken up again"
+            )
+        if self.kind == "pissa":
+            found += [
+                f"peft_config: {name} cannot be had with pissa, whose components have one scale"
+                for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+                if self.peft_config.get(name)
+            ]
         twice = {
             "r": self.r,
             "lora_alpha": self.alpha,
@@ -84,14 +96,20 @@ class AdapterSettings:
     def target_modules(self) -> str | list[str]:
         """As peft takes them: a regular expression, or ends of names."""
         if not self.targets:
-            return TARGETS
+            given: str | list[str] = self.peft_config.get("target_modules", TARGETS)
+            return given
         if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)*", self.targets):
             return _split(self.targets)
         return self.targets
 
     @property
     def modules_to_save(self) -> list[str] | None:
-        return _split(self.train_modules) or None
+        return _split(self.train_modules) or self.peft_config.get("modules_to_save")
+
+    @property
+    def reads_base_weights(self) -> bool:
+        """Whether it computes with the base's matrices themselves, not only with their products."""
+        return self.kind == "dora" or bool(self.peft_config.get("use_dora"))
 
 
 def _split(names: str) -> list[str]:

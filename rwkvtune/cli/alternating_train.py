@@ -186,7 +186,13 @@ class _Run:
         self.result["first_sample_labels"] = item["labels"].tolist()
 
     def _with_model(self, checkpoint: Checkpoint) -> int:
-        from rwkvtune.inference.alternating import from_backbone, load
+        """Build and load the model, and do what is asked with it."""
+        from rwkvtune.inference.alternating import (
+            Checkpoint,
+            from_backbone,
+            into_checkpoint,
+            load,
+        )
         from rwkvtune.models.alternating.tokenizer import load_tokenizer
 
         settings, task = self.settings, self.settings.task
@@ -204,11 +210,17 @@ class _Run:
             torch.manual_seed(settings.trainer.seed)  # initial values of the projector
             variant: Any = task.force_class or task.variant
             variant = "alternating" if variant == "auto" else variant
-            model, report, notes = from_backbone(checkpoint, variant, **common)
+            if settings.model.model_name_or_path:
+                target = Checkpoint.open(settings.model.model_name_or_path)
+                self.say(f"all but the language model is from {target.folder}")
+                model, report = into_checkpoint(target, checkpoint, variant, **common)
+                notes = [f"copied {len(report.matched)} params from backbone into {variant} model"]
+            else:
+                model, report, notes = from_backbone(checkpoint, variant, **common)
             for note in notes:
                 self.say(note)
             naming = "llava"
-            self._refuse_gaps(checkpoint, report)
+            self._refuse_gaps(model, checkpoint, report)
         else:
             model, report = load(checkpoint, variant=task.force_class, **common)
             self.say(f"loaded {len(report.matched)} of {report.total} tensors, bit for bit")
@@ -225,17 +237,19 @@ class _Run:
             return self._dry_run_step(model, tokenizer, report)
         return self._train(model, tokenizer, checkpoint, naming)
 
-    def _refuse_gaps(self, checkpoint: Checkpoint, report: LoadReport) -> None:
+    def _refuse_gaps(self, model: Any, checkpoint: Checkpoint, report: LoadReport) -> None:
         """A language model that a backbone does not fill whole is not trained on; inspecting it is
         allowed."""
-        from rwkvtune.inference.alternating import problems
+        from rwkvtune.inference.alternating import differing_dimensions, problems
         from rwkvtune.models.alternating.naming import group_of
 
         gaps = [name for name in report.missing if group_of(name) == "lm"]
         if (gaps or report.mismatched) and not self.settings.task.inspect_weights:
+            differing = differing_dimensions(model, checkpoint)
             raise UserError(
-                f"the backbone {checkpoint.folder} does not fit the decoder that its config.json "
-                f"describes: {problems(report)}"
+                f"the backbone {checkpoint.folder} does not fit "
+                + (f"this decoder: {differing}; " if differing else "its own config.json: ")
+                + problems(report)
             )
 
     def _print_report(self, report: LoadReport) -> None:
@@ -291,7 +305,7 @@ class _Run:
             batch = collate([dataset[0]])
             self.say("one step on the first sample of the data")
         else:
-            processor = alternating.processor_for(model)
+            processor = alternating.processor_of(model.config)
             batch = alternating.synthetic_batch(model, tokenizer, processor)
             self.say("one step on a made-up sample (no --data_path)")
         try:

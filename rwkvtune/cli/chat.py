@@ -13,6 +13,8 @@ from rwkvtune.cli.generate import (
     UNSAFE_ON_A_TERMINAL,
     add_computing_flags,
     add_sampling_flags,
+    add_state_flag,
+    begin_with,
     checked,
     load,
     note,
@@ -50,6 +52,8 @@ PROMPT = "> "
 def main(argv: list[str]) -> int:
     args = make_parser().parse_args(argv)
     checked(args)
+    if args.system and args.load:
+        raise UserError("--load brings its own system message: leave --system out")
     path = weights_of(args.file)
     vocab_size = vocab_size_of(path)
     template = template_for(path, args.template)
@@ -57,6 +61,8 @@ def main(argv: list[str]) -> int:
 
     tokenizer = tokenizer_for(path, vocab_size, args.tokenizer, note)
     model = load(path, args.device, args.dtype, args.threads)
+    if args.state is not None:
+        begin_with(model, args.state, path, is_exact=args.dtype == "fp32")
     from rwkvtune.inference.chat import Chat, ChatSettings
 
     chat = Chat(model, tokenizer, template)
@@ -86,6 +92,7 @@ def make_parser() -> OneLineParser:
     add("--template", default="", metavar="g1|world|FILE", help="how turns are written; default: "
         "the one kept with the weights, else g1")  # fmt: skip
     add_sampling_flags(parser, max_tokens=500, top_p=0.3)
+    add_state_flag(parser)
     add_computing_flags(parser)
     return parser
 

@@ -8,6 +8,8 @@ from pathlib import Path
 DEMOS = {
     "text": "a model of the bundled text",
     "sft": "one that is then fine-tuned to follow small instructions, and checked",
+    "lora": "one that is fine-tuned by LoRA, on a packed base, by its state and in full",
+    "alternating": "plain, alternating and alternating_cross attention on one visual task",
 }
 
 
@@ -20,13 +22,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--proj_dir",
         type=Path,
-        help="the run folder (default: out/demo, out/demo-sft)",
+        help="the run folder (default: out/demo, out/demo-sft, ...)",
     )
     args = parser.parse_args(argv)
     if args.which == "sft":
         from rwkvtune.demo.sft import run_sft_demo
 
         return run_sft_demo(args.proj_dir or Path("out/demo-sft"))
+    if args.which == "lora":
+        from rwkvtune.demo.lora import run_lora_demo
+
+        return run_lora_demo(args.proj_dir or Path("out/demo-lora"))
+    if args.which == "alternating":
+        from rwkvtune.demo.alternating import run_alternating_demo
+
+        return run_alternating_demo(args.proj_dir or Path("out/demo-alternating"))
     from rwkvtune.demo.run import run_demo
 
     return run_demo(args.proj_dir or Path("out/demo"))

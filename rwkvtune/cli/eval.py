@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,11 @@ def main(argv: list[str]) -> int:
     tokenizer = tokenizer_for(path, vocab_size, args.tokenizer, note)
     if args.json:
         check_writable(args.json)
+    tasks = None
+    if args.tasks:
+        from rwkvtune.evaluation.harness import HarnessModel, find_tasks, run_tasks
+
+        tasks = find_tasks(args.tasks, args.include_path)
     texts = read_texts(args.files, args.text_key, args.limit, tokenizer)
     model = load(path, args.device, args.dtype, args.threads)
 
@@ -49,9 +55,7 @@ def main(argv: list[str]) -> int:
         results = measure(model, texts, tokenizer, args.batch_size, args.window)
         output.write(text_table(results))
         found["texts"] = {name: text_json(result) for name, result in results.items()}
-    if args.tasks:
-        from rwkvtune.evaluation.harness import HarnessModel, run_tasks
-
+    if tasks is not None:
         harness = HarnessModel(
             model,
             tokenizer,
@@ -60,11 +64,7 @@ def main(argv: list[str]) -> int:
             banned_ids=sorted(without_text(tokenizer, vocab_size)),
         )
         metrics, raw = run_tasks(
-            harness,
-            args.tasks,
-            include_path=args.include_path,
-            limit=args.limit or None,
-            num_fewshot=args.num_fewshot,
+            harness, tasks, limit=args.limit or None, num_fewshot=args.num_fewshot
         )
         output.write("\n" * bool(texts) + task_table(metrics))
         found["tasks"] = [
@@ -117,6 +117,8 @@ def check_arguments(args: Any) -> None:
         raise UserError(f"--num_fewshot is {args.num_fewshot}: give 0 or more")
     if args.include_path and not args.include_path.is_dir():
         raise UserError(f"--include_path {args.include_path} is no folder")
+    if args.tasks and find_spec("lm_eval") is None:
+        raise UserError("--tasks needs the lm-eval harness: pip install 'rwkvtune[eval]'")
     if not args.tasks and (args.include_path or args.num_fewshot is not None):
         raise UserError("--include_path and --num_fewshot are for --tasks, which is not given")
 

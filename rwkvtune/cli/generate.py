@@ -88,11 +88,10 @@ def make_parser() -> OneLineParser:
     add("--prompt", metavar="TEXT", help="text to go on from; without it, stdin if that is no "
         "terminal (exact bytes), else the start of a document")  # fmt: skip
     add_sampling_flags(parser, max_tokens=200, top_p=1.0)
+    add_state_flag(parser)
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be "
         "given several times")  # fmt: skip
     add("--ignore_end", action="store_true", help="go on after the end of a document (id 0)")
-    add("--state", type=Path, metavar="FILE", help="a tuned initial state: state.pth, or the "
-        "adapter folder or run folder that holds it")  # fmt: skip
     add("--echo", action="store_true", help="write the prompt before its continuation")
     add_computing_flags(parser)
     return parser
@@ -118,6 +117,11 @@ def add_sampling_flags(parser: OneLineParser, *, max_tokens: int, top_p: float) 
     add("--frequency_penalty", type=float, default=0.0, metavar="X", help="taken off the logit "
         "for each time a token was written before (0)")  # fmt: skip
     add("--seed", type=int, metavar="N", help="the same seed writes the same text again")
+
+
+def add_state_flag(parser: OneLineParser) -> None:
+    parser.add_argument("--state", type=Path, metavar="FILE", help="a tuned initial state: "
+        "state.pth, or the adapter folder or run folder that holds it")  # fmt: skip
 
 
 def add_computing_flags(parser: OneLineParser) -> None:

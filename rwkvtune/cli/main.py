@@ -15,6 +15,7 @@ from rwkvtune.cli import output
 from rwkvtune.errors import UserError, report
 
 COMMANDS = {
+    "alternating": "masks, attention, evaluation, sweeps of alternating-attention models",
     "chat": "talk with a model on the terminal",
     "configs": "list presets, show one, or write one from weights (rwkvtune configs --help)",
     "data": "make token files from text, or look into them (rwkvtune data --help)",

@@ -232,20 +232,12 @@ def make_parser(family: Family = "train_temp") -> OneLineParser:
 SPELLINGS: dict[str, dict[str, str]] = {
     "kernel": {"": "auto", "@rwkv3": "auto"},
     "devices": {"-1": "auto"},
-    "strategy": {
-        "deepspeed": "deepspeed_stage_2",
-        "deepspeed_stage_2_offload": "deepspeed_stage_2",
-        "deepspeed_stage_3_offload": "deepspeed_stage_3",
-    },
+    "strategy": {"deepspeed": "deepspeed_stage_2"},
     "load_model": {"0": ""},
     **dict.fromkeys(("vocab_size", "dim_ffn"), {"0": "null"}),
 }
 """Values of shared names that RWKV-LM and Lightning spell in another way."""
-NOT_THE_SAME = {
-    "@rwkv3": "rwkvtune chooses its kernel itself",
-    "deepspeed_stage_2_offload": "runs as deepspeed_stage_2, nothing is moved to the CPU",
-    "deepspeed_stage_3_offload": "runs as deepspeed_stage_3, nothing is moved to the CPU",
-}
+NOT_THE_SAME = {"@rwkv3": "rwkvtune chooses its kernel itself"}
 """Those that ask for more than their spelling here does, and what happens instead."""
 
 

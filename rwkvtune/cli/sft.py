@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from rwkvtune.cli import output
 from rwkvtune.cli.generate import UNSAFE_ON_A_TERMINAL
-from rwkvtune.cli.train import OneLineParser, add_settings, for_launcher, parse_settings, told_once
+from rwkvtune.cli.launcher import for_launcher, told_once
+from rwkvtune.cli.train import OneLineParser, add_settings, parse_settings
 from rwkvtune.errors import UserError
 from rwkvtune.training.sft_config import SFTConfig
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
-import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from rwkvtune.cli.launcher import for_launcher, told_once
 from rwkvtune.configs import load_model_config
 from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.training.config import (
-    Config,
     TrainConfig,
     expected,
     option_groups,
@@ -112,36 +109,6 @@ def start(
         from rwkvtune.training.lm import train_language_model  # torch: seconds
 
         return train_language_model(config, notes=notes, rows=rows).exit_code
-
-
-@contextmanager
-def told_once() -> Iterator[None]:
-    """What is refused before the processes of a launcher have met comes to each of them; the first
-    one here says it."""
-    try:
-        yield
-    except UserError:
-        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] != "0":
-            sys.exit(2)
-        raise
-
-
-def for_launcher(config: Config, environment: Mapping[str, str]) -> Config:
-    """Under torchrun, which starts the processes itself, take its numbers of devices and machines.
-
-    UserError when flags say otherwise: two processes with devices=1 would be two separate runs.
-    """
-    if "TORCHELASTIC_RUN_ID" not in environment:
-        return config
-    local, world = int(environment["LOCAL_WORLD_SIZE"]), int(environment["WORLD_SIZE"])
-    d, nodes = config.device, world // local
-    if d.devices not in ("auto", local) or d.num_nodes not in (1, nodes):
-        raise UserError(
-            f"torchrun has started {local} processes on each of {nodes} machines, but the settings "
-            f"are devices={d.devices} and num_nodes={d.num_nodes}: leave them out"
-        )
-    device = dataclasses.replace(d, devices=local, num_nodes=nodes)
-    return dataclasses.replace(config, device=device)
 
 
 def config_first(args: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED_TARGET = -100
@@ -36,6 +37,24 @@ class Batch:
             self.continues,
         )
 
+    def stretch(self, index: int, count: int) -> Batch:
+        """Stretch number `index` of `count` equal ones along T: what a rank of a split sequence
+        gets. A T that is no multiple of count is padded with ignored targets."""
+        if count == 1:
+            return self
+        T = self.input_ids.shape[1]
+        length = -(-T // count)
+
+        def own(x: Tensor, padding: int) -> Tensor:
+            padded = F.pad(x, (0, length * count - T), value=padding)
+            return padded[:, index * length : (index + 1) * length].contiguous()
+
+        return Batch(
+            own(self.input_ids, 0),
+            own(self.targets, IGNORED_TARGET),
+            None if self.reset is None else own(self.reset, 0),
+        )
+
     def pinned(self) -> Batch:
         """The same batch in memory that a GPU copies from while the CPU goes on."""
         return Batch(
@@ -60,6 +79,11 @@ class Batch:
             )
             for cut in cuts
         ]
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """(rows, tokens, tokens of pictures)."""
+        return len(self.input_ids), self.input_ids.numel(), 0
 
     @property
     def target_tokens(self) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rwkvtune.errors import UserError
+from rwkvtune.files import inside
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,11 +41,18 @@ class PictureStore:
     def find(self, name: str) -> str | zipfile.ZipInfo | None:
         """The path of a picture, or its entry in the archive; None when there is none."""
         for subfolder in SUBFOLDERS:
-            path = os.path.join(self.folder, subfolder, name)
+            path = os.fspath(inside(self.folder / subfolder, name))
             if os.path.isfile(path):
                 return path
         by_name = self._archive_names
         return by_name.get(name) or by_name.get(os.path.basename(name))
+
+    def size(self, name: str) -> int:
+        """Bytes of the picture's file."""
+        place = self.find(name)
+        if place is None:
+            raise PictureError(f"{name}: no such picture in {self.where_it_looks()}")
+        return os.path.getsize(place) if isinstance(place, str) else place.file_size
 
     def open(self, name: str) -> Image:
         """The picture, upright, in RGB. PictureError says what is wrong with it."""
@@ -57,7 +65,7 @@ class PictureStore:
         try:
             with self._archive.open(place) as file:
                 return read_picture(file, name)
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError) as error:
             raise PictureError(f"{name}: cannot be read from {ARCHIVE} ({error})") from error
 
     def where_it_looks(self) -> str:
@@ -71,7 +79,7 @@ class PictureStore:
             return None
         try:
             return zipfile.ZipFile(path)  # its entries may be read by several threads at once
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise UserError(f"{path} is no whole zip archive ({error}): load it again") from error
 
     @cached_property
@@ -79,7 +87,8 @@ class PictureStore:
         """Entries by their full name and, where that tells them apart, by their last part."""
         if self._archive is None:
             return {}
-        entries = [entry for entry in self._archive.infolist() if not entry.is_dir()]
+        named = [entry for entry in self._archive.infolist() if entry.filename]
+        entries = [entry for entry in named if not entry.is_dir()]
         short: dict[str, zipfile.ZipInfo | None] = {}
         for entry in entries:
             last = entry.filename.rpartition("/")[2]

@@ -19,6 +19,7 @@ import yaml
 from rwkvtune.data.llava import RecordFile, picture_names
 from rwkvtune.data.llava_images import PICTURE_SUFFIXES
 from rwkvtune.errors import MissingFileError, UserError
+from rwkvtune.files import inside
 
 IMAGE_TOKEN = "<image>"
 ROLES = {
@@ -149,7 +150,7 @@ def turns_of(record: Record) -> list[tuple[str, str]]:
 
 def pictures_of(record: Record, folder: Path) -> list[Path]:
     """Files of a sample's images, in order."""
-    return [folder / name for name in picture_names(record)]
+    return [inside(folder, name) for name in picture_names(record)]
 
 
 def frames_of(record: Record, folder: Path) -> list[Path]:
@@ -161,8 +162,8 @@ def frames_of(record: Record, folder: Path) -> list[Path]:
     if video is None:
         return []
     if isinstance(video, list):
-        return [folder / name for name in video]
-    path = folder / video
+        return [inside(folder, name) for name in video]
+    path = inside(folder, video)
     if path.is_dir():
         return sorted(p for p in path.iterdir() if p.suffix.lower() in PICTURE_SUFFIXES)
     if path.exists():

@@ -80,6 +80,11 @@ class VisualBatch:
         )
 
     @property
+    def counts(self) -> tuple[int, int, int]:
+        """(rows, tokens without padding, those of them that stand for pictures)."""
+        return len(self.input_ids), self.num_tokens, int(self.image_positions.sum())
+
+    @property
     def target_tokens(self) -> int:
         """Number of targets that count."""
         return int((self.targets != IGNORED_TARGET).sum())
@@ -364,6 +369,13 @@ class VisualDataset:
             pixels=pixels,
             features=features,
         )
+
+    def try_pixels(self, name: str) -> np.ndarray | None:
+        """Of one picture; None when it cannot be read."""
+        try:
+            return self.preprocessing.pixels(self.pictures.open(name))
+        except PictureError:
+            return None
 
     def _see(self, number: int, sample: Sample) -> list[np.ndarray | Tensor] | None:
         """What the model gets of a sample's pictures; None when one of them cannot be read."""

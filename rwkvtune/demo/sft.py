@@ -8,13 +8,17 @@ shows what it reached.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from rwkvtune.demo.run import TEXT, faster_precision, shown_path
 from rwkvtune.demo.tasks import TASKS, write_tasks
+
+if TYPE_CHECKING:
+    from rwkvtune.models.frame import LanguageModel
 
 RECIPE = Path(__file__).parent / "sft_recipe.yaml"
 CONVERSATIONS = 20_000
@@ -25,6 +29,9 @@ PASSING = 0.5
 def run_sft_demo(folder: Path) -> int:
     """Train into `folder`, or go on there; show the result. Returns the exit code: 1 when too few
     held-out answers are right."""
+    import torch
+
+    from rwkvtune.inference.load import load_model
     from rwkvtune.training.config import TrainConfig
     from rwkvtune.training.lm import train_language_model
     from rwkvtune.training.sft import fine_tune
@@ -48,8 +55,11 @@ def run_sft_demo(folder: Path) -> int:
     result = fine_tune(SFTConfig.from_flat(settings | {"proj_dir": str(tuned)}))
     if result.exit_code:
         return result.exit_code
-    before = exact_match(base / "rwkv-final.pth", held_out)
-    after = exact_match(tuned / "rwkv-final.pth", held_out)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    before, after = (
+        exact_match(load_model(run / "rwkv-final.pth", device=device), held_out)
+        for run in (base, tuned)
+    )
     return _show(folder, held_out, before, after)
 
 
@@ -63,16 +73,15 @@ def _text(folder: Path) -> Path:
     return prefix
 
 
-def exact_match(weights: Path, held_out: Path) -> dict[str, float]:
+def exact_match(
+    model: LanguageModel, held_out: Path, tasks: Collection[str] = TASKS
+) -> dict[str, float]:
     """Share of the held-out questions of each task that the model answers exactly."""
-    import torch
-
     from rwkvtune.data.chat import load_template
     from rwkvtune.data.chat_batches import batch_of
     from rwkvtune.data.chat_samples import read_samples
     from rwkvtune.data.tokenizers import load_tokenizer
     from rwkvtune.evaluation.exact_match import exact_matches
-    from rwkvtune.inference.load import load_model
 
     samples, _ = read_samples(
         str(held_out),
@@ -81,12 +90,12 @@ def exact_match(weights: Path, held_out: Path) -> dict[str, float]:
         ctx_len=256,
         on_bad_sample="error",
     )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = model.emb.weight.device
     batches = (batch_of(samples, [[n]]) for n in range(len(samples)))
-    right = list(exact_matches(load_model(weights, device=device), batches, device=device))
+    right = list(exact_matches(model, batches, device=device))
     return {  # the tasks take turns in the file
-        task: sum(right[i :: len(TASKS)]) / len(right[i :: len(TASKS)])
-        for i, task in enumerate(TASKS)
+        task: sum(right[i :: len(tasks)]) / len(right[i :: len(tasks)])
+        for i, task in enumerate(tasks)
     }
 
 
@@ -102,7 +111,8 @@ def _show(folder: Path, held_out: Path, before: dict[str, float], after: dict[st
     print(
         f"""
 Next:
-  talk to it     {python} -m rwkvtune chat {tuned} --temperature 0     (try: reverse stone)
+  talk to it     {python} -m rwkvtune chat {tuned} --temperature 0
+                 (try: reverse stone; it knows single questions, so /reset before another)
   see the mask   {python} -m rwkvtune sft --preview 3 --data_file {held_out} --tokenizer bytes
   your own data  docs/fine-tuning.md
 """

@@ -153,44 +153,60 @@ class Metric(NamedTuple):
     samples: int
 
 
-def run_tasks(
-    model: HarnessModel,
-    tasks: Sequence[str],
-    *,
-    include_path: Path | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-) -> tuple[list[Metric], dict[str, Any]]:
-    """Run tasks of lm-eval; returns the metrics and lm-eval's own results.
+class Tasks(NamedTuple):
+    """Tasks that are there, not yet loaded."""
 
-    tasks: YAML files, or names of tasks and groups, in include_path or that lm-eval brings.
-    limit: only the first so many samples of each.
+    manager: Any
+    """lm-eval's."""
+    asked: list[str | dict[str, Any]]
+    """Names and configurations."""
+
+
+def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
+    """Tasks of lm-eval; UserError for one that is not there, without looking for its data.
+
+    names: YAML files, or names of tasks and groups, in include_path or that lm-eval brings.
     Relative data_files of a task in a YAML file are looked for beside that file, too.
     """
-    from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    files = {task: Path(task) for task in tasks if task.endswith((".yaml", ".yml"))}
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    files = {name: Path(name) for name in names if name.endswith((".yaml", ".yml"))}
     for path in files.values():
         if not path.is_file():
             raise MissingFileError(f"there is no task file {path}.")
     manager = TaskManager(include_path=include_path, include_defaults=False)
-    if unknown := [task for task in tasks if task not in files and not _known(manager, task)]:
+    if unknown := [name for name in names if name not in files and not _known(manager, name)]:
         manager = TaskManager(include_path=include_path)  # with lm-eval's own, some seconds more
-        unknown = [task for task in unknown if not _known(manager, task)]
+        unknown = [name for name in unknown if not _known(manager, name)]
     if unknown:
         raise UserError(
             f"there is no task {', '.join(unknown)}: give a .yaml file, the name of a task in "
             "--include_path, or one of lm-eval's (`lm-eval ls tasks` lists them)"
         )
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    asked = [_with_data_beside(files[task]) if task in files else task for task in tasks]
+    asked = [_with_data_beside(files[name]) if name in files else name for name in names]
+    return Tasks(manager, asked)
+
+
+def run_tasks(
+    model: HarnessModel,
+    tasks: Tasks,
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+) -> tuple[list[Metric], dict[str, Any]]:
+    """Run tasks; returns the metrics and lm-eval's own results.
+
+    limit: only the first so many samples of each.
+    """
+    from lm_eval.evaluator import simple_evaluate
+
     try:
         with redirect_stdout(sys.stderr):  # it tells there of its progress
             results = simple_evaluate(
                 model,
-                tasks=asked,
-                task_manager=manager,
+                tasks=tasks.asked,
+                task_manager=tasks.manager,
                 limit=limit,
                 num_fewshot=num_fewshot,
                 bootstrap_iters=BOOTSTRAP_ITERATIONS,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rwkvtune.data.chat import LABELS, RWKVTemplate, Template
 
-# What RWKVTemplate.pieces writes, and what of it is trained. A loop over the lines that are not blank takes the place of its
-# regular expression, which Jinja has none of.
+# What RWKVTemplate.pieces writes, and what of it is trained. A loop over the lines that are not
+# blank takes the place of its regular expression, which Jinja has none of.
 _RWKV = """\
 {%- macro without_blank_lines(text) -%}
 {%- for line in text.split('\\n') if line.strip(' \\t') -%}

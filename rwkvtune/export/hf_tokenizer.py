@@ -9,6 +9,7 @@ table gives the ids (WordLevel). Text is cut in time proportional to its length.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from rwkvtune.data.tokenizers import END_OF_DOCUMENT, Tokenizer
@@ -99,7 +100,7 @@ def byte_characters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def longest_match_pattern(words: Any) -> str:
+def longest_match_pattern(words: Iterable[str]) -> str:
     """A regular expression that matches, at a place, the longest of the words that fits there."""
     tree: dict[str, Any] = {}
     for word in words:

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from rwkvtune.checkpoint import load_weights, save_weights
+from rwkvtune.data.llava_dataset import IMAGE_TOKEN_INDEX, DataArguments, LlavaDataset
+from rwkvtune.data.llava_images import ImageProcessor
 from rwkvtune.errors import MissingFileError, UserError
-from rwkvtune.files import atomic_write
+from rwkvtune.files import atomic_write, inside
 from rwkvtune.models.alternating import config as configs
 from rwkvtune.models.alternating.build import (
     composed_class,
@@ -28,7 +30,7 @@ from rwkvtune.models.alternating.build import (
 )
 from rwkvtune.models.alternating.config import PUBLISHED_TOWER, variant_of
 from rwkvtune.models.alternating.hub import repository_folder
-from rwkvtune.models.alternating.masks import Variant
+from rwkvtune.models.alternating.masks import TEXT, VISUAL, Variant
 from rwkvtune.models.alternating.naming import (
     Naming,
     detect_naming,
@@ -36,6 +38,8 @@ from rwkvtune.models.alternating.naming import (
     group_of,
     to_memory,
 )
+from rwkvtune.models.alternating.packing import PackingRule
+from rwkvtune.models.alternating.tokenizer import load_tokenizer
 
 FAMILY = ("qwen2", "mistral", "llava_qwen", "llava_onevision")
 """Beginnings of the model types whose weights fit."""
@@ -124,8 +128,7 @@ class Checkpoint:
 def _differences(text: Mapping[str, Any]) -> str:
     """What of a foreign decoder Qwen2 has not, for an error message."""
     has = {k: v for k, v in text.items() if k in ("hidden_size", "num_hidden_layers", "vocab_size")}
-    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    lacking = [name for name in needed if name not in text]
+    lacking = [name for name in DIMENSIONS[:4] if name not in text]
     said = ", ".join(f"{name}={value}" for name, value in has.items())
     return f"it has {said or 'no known dimensions'}" + (f" and lacks {lacking}" if lacking else "")
 
@@ -151,10 +154,10 @@ def _weight_files(folder: Path) -> list[Path]:
         index = folder / f"{stem}.index.json"
         if index.exists():
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            missing = sorted(name for name in names if not (folder / name).exists())
+            missing = sorted(name for name in names if not inside(folder, name).exists())
             if missing:
                 raise MissingFileError(f"{index} names {missing[0]}, which is not there")
-            return sorted(folder / name for name in names)
+            return sorted(inside(folder, name) for name in names)
         if (folder / stem).exists():
             return [folder / stem]
     raise MissingFileError(
@@ -317,6 +320,33 @@ def from_backbone(
     return model.eval(), report, notes
 
 
+def into_checkpoint(
+    target: Checkpoint, backbone: Checkpoint, variant: Variant, **options: Any
+) -> tuple[Any, LoadReport]:
+    """A `variant` model of the checkpoint `target`, its language model replaced by a backbone's
+    where name and shape agree. options: as `load`."""
+    backbone.check_family()
+    model, _ = load(target, variant=variant, **options)
+    return model, fill(model, backbone, only_lm=True)
+
+
+DIMENSIONS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size"),
+)
+
+
+def differing_dimensions(model: Any, backbone: Checkpoint) -> str:
+    """Where config.json of a backbone and a model's decoder differ, in words; "" if nowhere."""
+    text = model.config.get_text_config()
+    found = [
+        f"{name} is {backbone.text[name]} in the backbone and {getattr(text, name)} here"
+        for name in DIMENSIONS
+        if name in backbone.text and backbone.text[name] != getattr(text, name)
+    ]
+    return ", ".join(found)
+
+
 def _places(model: Any) -> dict[str, Tensor]:
     """Parameters and buffers by their names in a composed model, tied ones under every name."""
     found = {}
@@ -391,6 +421,64 @@ def problems(report: LoadReport) -> str:
     if report.unexpected:
         parts.append(f"{len(report.unexpected)} have no place, such as {report.unexpected[0]}")
     return "; ".join(parts)
+
+
+def processor_of(config: Any) -> ImageProcessor:
+    """Cuts images as a model of this configuration packs them; the published one for a language
+    model alone."""
+    if not hasattr(config, "vision_config"):
+        return ImageProcessor()
+    rule = PackingRule.of(config)
+    return ImageProcessor(
+        view_size=rule.view_size,
+        patch_size=config.vision_config.patch_size,
+        image_aspect_ratio=getattr(config, "image_aspect_ratio", None)
+        or config.vision_aspect_ratio,
+        image_grid_pinpoints=[[w, h] for h, w in rule.grid_pinpoints],
+        mm_patch_merge_type=rule.merge,
+        mm_newline_position=rule.newline,
+        mm_spatial_pool_stride=rule.pool_stride,
+        mm_spatial_pool_mode=rule.pool_mode,
+    )
+
+
+def sample_modalities(
+    checkpoint: Checkpoint,
+    data_path: str,
+    index: int,
+    *,
+    image_folder: str = "",
+    version: str = "qwen_2",
+    variant: Variant | None = None,
+    schedule: str = "",
+) -> tuple[Any, Tensor]:
+    """(configuration of the decoder, modality ids [T]) of one sample, without any weights."""
+    checkpoint.check_family()
+    masks = {"mask_schedule": schedule} if schedule else {}
+    config = make_config(checkpoint, variant or checkpoint.variant or "base", mask_settings=masks)
+    arguments = DataArguments(
+        data_path=data_path,
+        image_folder=image_folder,
+        version=version,
+        image_processor=processor_of(config),
+    )
+    dataset = LlavaDataset(load_tokenizer(checkpoint.folder), arguments)
+    if not 0 <= index < len(dataset):
+        raise UserError(f"{data_path} has {len(dataset)} samples, 0 to {len(dataset) - 1}: {index}")
+    item = dataset[index]
+    waiting = iter(item["image"])
+    ids: list[int] = []
+    for token in item["input_ids"].tolist():
+        if token != IMAGE_TOKEN_INDEX:
+            ids.append(TEXT)
+            continue
+        views, size, kind = next(waiting)
+        processor = dataset.processor
+        if kind == "video":
+            ids += [VISUAL] * processor.video_tokens(len(views))
+        else:
+            ids += [VISUAL] * processor.image_tokens(size, alone=len(views) > 1)
+    return config.get_text_config(), torch.tensor(ids)
 
 
 def variant_of_model(model: Any) -> Variant:

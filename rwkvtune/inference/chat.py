@@ -152,8 +152,12 @@ class Chat:
         ids = tensors.pop("ids").tolist()
         state = _state_from(tensors, self.model, path) if ids else None
         device = next(self.model.parameters()).device
-        self.template = template_from_json(json.loads(meta["template"]), str(path))
-        self.messages = json.loads(meta["messages"])
+        try:
+            messages = json.loads(meta["messages"])
+            template = template_from_json(json.loads(meta["template"]), str(path))
+        except (KeyError, json.JSONDecodeError) as error:
+            raise UserError(f"{path} is damaged: its conversation is missing ({error})") from None
+        self.messages, self.template = messages, template
         self._read = ids
         self._state = state and [LayerState(*(t.to(device) for t in layer)) for layer in state]
 

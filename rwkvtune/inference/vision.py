@@ -33,7 +33,12 @@ from rwkvtune.models.vision.config import (
     adapter_names,
     split_names,
 )
-from rwkvtune.models.vision.encoders import Encoder, load_encoder, read_processor
+from rwkvtune.models.vision.encoders import (
+    Encoder,
+    load_encoder,
+    read_processor,
+    take_weights,
+)
 from rwkvtune.models.vision.model import Adapter, VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -236,7 +241,7 @@ def load_vision(
         saved = read_adapter(path, encoder_width=encoder.width)
     check_widths(saved, encoder)
     if saved.encoder_weights:
-        encoder.model.load_state_dict(saved.encoder_weights)
+        take_weights(encoder, saved.encoder_weights)
     llm = load_language_model(Path(base), dtype=dtype)
     if llm.config.n_embd != saved.config.n_embd:
         raise UserError(

@@ -8,6 +8,11 @@ from torch import Tensor
 from ..errors import UserError
 
 
+def state_dtype(r: Tensor) -> torch.dtype:
+    """Of the states of a recurrence over such inputs."""
+    return torch.float64 if r.dtype == torch.float64 else torch.float32
+
+
 def check_arguments(
     kernel: str, inputs: dict[str, Tensor], state: Tensor | None, reset: Tensor | None
 ) -> None:
@@ -34,7 +39,7 @@ def check_arguments(
             )
     B, T, H, N = r.shape
     if state is not None:
-        dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
+        dtype = state_dtype(r)
         if state.shape != (B, H, N, N) or state.dtype != dtype or state.device != r.device:
             raise UserError(
                 f"{kernel}: state must be {(B, H, N, N)} {dtype} on {r.device} for inputs of shape "

@@ -33,7 +33,7 @@ TRITON_HEAD_SIZES = (32, 64, 128)
 
 NO_TRITON = "triton is not installed, or sees no GPU"
 
-_announced: set[str] = set()
+_announced: set[tuple[str, str]] = set()
 
 
 class Choice(NamedTuple):
@@ -151,10 +151,8 @@ def announce(kernel: str, choice: Choice, *, is_known: bool = False) -> None:
 
     is_known: the caller shows it in a place of its own, so that nothing is printed now or later.
     """
-    # Not with the reason: a run hands its choice on by name.
-    what = f"kernel {kernel}: {choice.backend}"
-    if what in _announced:
+    if (kernel, choice.backend) in _announced:
         return
-    _announced.add(what)
+    _announced.add((kernel, choice.backend))
     if not is_known and os.environ.get("RANK", "0") == "0":
-        print(f"{what} ({choice.reason})", file=sys.stderr)
+        print(f"kernel {kernel}: {choice.backend} ({choice.reason})", file=sys.stderr)

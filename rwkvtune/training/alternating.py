@@ -45,6 +45,7 @@ from rwkvtune.inference.alternating import (
     fill,
     is_composed,
     load_adapter,
+    processor_of,
     save_adapter,
 )
 from rwkvtune.models.alternating.masks import special_layers
@@ -73,7 +74,7 @@ def data_module(model: Any, tokenizer: Any, settings: AlternatingSettings) -> di
         version=data.version,
         label_mode=data.label_mode,
         is_multimodal=data.is_multimodal,
-        image_processor=processor_for(model),
+        image_processor=processor_of(model.config),
         mm_use_im_start_end=settings.model.mm_use_im_start_end,
         video_fps=data.video_fps,
         frames_upbound=data.frames_upbound,
@@ -89,24 +90,6 @@ def data_module(model: Any, tokenizer: Any, settings: AlternatingSettings) -> di
         )
     collator = LlavaCollator(tokenizer, dataset.processor)
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}
-
-
-def processor_for(model: Any) -> ImageProcessor:
-    """Cuts images as a composed model packs them; the published one for a language model alone."""
-    if not is_composed(model):
-        return ImageProcessor()
-    rule, config = model.packing_rule(), model.config
-    return ImageProcessor(
-        view_size=rule.view_size,
-        patch_size=config.vision_config.patch_size,
-        image_aspect_ratio=getattr(config, "image_aspect_ratio", None)
-        or config.vision_aspect_ratio,
-        image_grid_pinpoints=[[w, h] for h, w in rule.grid_pinpoints],
-        mm_patch_merge_type=rule.merge,
-        mm_newline_position=rule.newline,
-        mm_spatial_pool_stride=rule.pool_stride,
-        mm_spatial_pool_mode=rule.pool_mode,
-    )
 
 
 def module_of(name: str) -> str:
@@ -327,6 +310,7 @@ def train(
     naming: of the weights. UserError when another run uses the folder, or the loss is not finite.
     """
     logging.set_verbosity_error()  # its warnings are about what is done here on purpose
+    torch.manual_seed(settings.trainer.seed)  # initial values of adapters
     folder = Path(settings.trainer.output_dir)
     parts = choose_trainable(model, settings.tune)
     if settings.model.pretrain_mm_mlp_adapter:

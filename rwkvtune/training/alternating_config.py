@@ -57,7 +57,8 @@ class ModelOptions:
     alt_checkpoint: str = ""
     """The same, and preferred over the others."""
     backbone_model: str = ""
-    """Language model (Qwen2) for --init_from_backbone."""
+    """Language model (Qwen2) for --init_from_backbone; with --model_name_or_path, all else is that
+    checkpoint's."""
     vision_tower: str = ""
     """SigLIP's folder, for a backbone, or for a checkpoint that only names its tower; empty =
     google/siglip-so400m-patch14-384, if it is here."""

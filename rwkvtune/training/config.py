@@ -27,8 +27,11 @@ LrSchedule = Literal[
 ]
 Precision = Literal["bf16", "fp32", "tf32", "fp16"]
 Strategy = Literal[
-    "auto", "ddp", "fsdp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"
-]
+    "auto", "ddp", "fsdp",
+    "deepspeed_stage_1", "deepspeed_stage_1_offload",
+    "deepspeed_stage_2", "deepspeed_stage_2_offload",
+    "deepspeed_stage_3", "deepspeed_stage_3_offload",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,11 @@ class DeviceOptions:
     num_nodes: int = 1
     """Machines."""
     strategy: Strategy = "auto"
-    """How devices share the work; auto = ddp, the others also shard the model or its optimizer."""
+    """How devices share the work; auto = ddp, the others also shard the model or its optimizer;
+    *_offload = what is sharded rests in the machine's memory instead of the GPU's."""
+    context_parallel: int = 1
+    """Ranks that share each sequence, every one a stretch of it: memory for long ctx_len falls with
+    their number."""
     precision: Precision = "bf16"
     """bf16 = bf16 products with fp32 master weights; fp32; tf32 (GPU); fp16 (GPU, loss scaling)."""
     grad_cp: bool = False
@@ -263,10 +270,15 @@ class OutputOptions:
     """Write a resume state every so many steps, besides those at rwkv-*.pth; 0 = none."""
     keep_last: int = 2
     """Resume states to keep; rwkv-*.pth are never removed."""
+    async_save: bool = False
+    """Write weights and resume states while training goes on, which then waits only until they are
+    copied; the copy takes their size in the machine's memory."""
     save_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Type of the tensors in rwkv-*.pth; resume states are always fp32."""
     log_every: int = 10
     """Steps per line of metrics.csv and of the console."""
+    throughput_log_steps: int = 0
+    """Steps per line of samples/s, tokens/s, ms per step and peak memory; 0 = off."""
     log_layers: bool = True
     """Also log gradient norms and decays of each block, every log_every steps, to layers.csv."""
     val_every: int = 0
@@ -486,7 +498,7 @@ EPS_8BIT = 1e-8
 
 _AT_LEAST = {
     **dict.fromkeys(("ctx_len", "micro_bsz", "accumulate_grad_batches"), 1),
-    **dict.fromkeys(("devices", "num_nodes", "keep_last", "log_every"), 1),
+    **dict.fromkeys(("devices", "num_nodes", "context_parallel", "keep_last", "log_every"), 1),
     **dict.fromkeys(("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn"), 1),
     **dict.fromkeys(("mix_rank", "decay_rank", "a_rank", "v_rank", "g_rank"), 1),
     **dict.fromkeys(("epoch_steps", "epoch_count", "exit_tokens", "magic_prime"), 0),
@@ -494,6 +506,7 @@ _AT_LEAST = {
     **dict.fromkeys(("epoch_save", "save_every", "val_every", "val_windows"), 0),
     **dict.fromkeys(("sample_every", "sample_tokens", "head_chunk", "threads"), 0),
     "chunk_len": 0,
+    "throughput_log_steps": 0,
     "warmup_steps": -1,
 }
 _NOT_NEGATIVE = ("lr_init", "lr_final", "weight_decay", "adam_eps", "grad_clip", "l2wrap")
@@ -507,9 +520,10 @@ def option_groups(config_class: type[TrainConfig] = TrainConfig) -> dict[str, ty
 MAY_CHANGE_AT_RESUME = frozenset(
     {
         *("epoch_count", "exit_tokens", "micro_bsz", "accumulate_grad_batches"),
-        *("accelerator", "devices", "num_nodes", "strategy"),
+        *("accelerator", "devices", "num_nodes", "strategy", "context_parallel"),
         *("epoch_save", "save_every", "keep_last", "log_every", "val_every", "sample_every"),
-        *("log_layers", "model_config"),  # what a preset stands for is compared by itself
+        # What a preset stands for is compared by itself.
+        *("async_save", "log_layers", "model_config", "throughput_log_steps"),
         *("working_weights", "compile"),
         *("tensorboard", "wandb", "resume", "proj_dir", "epoch_samples", "restart_warmup_steps"),
     }

@@ -19,9 +19,10 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision, Precision
 from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
-from torch import Tensor, nn
+from torch import nn
 
 from rwkvtune.errors import UserError, report
+from rwkvtune.models.frame import Block
 from rwkvtune.training.config import DeviceOptions
 
 
@@ -61,7 +62,7 @@ def make_fabric(options: DeviceOptions, say: Callable[[str], None] = print) -> F
         devices=devices,
         num_nodes=options.num_nodes,
         plugins=[_precision(options.precision, accelerator)],
-        strategy=_strategy(options.strategy, devices * options.num_nodes, say),
+        strategy=_strategy(options.strategy, devices * options.num_nodes, accelerator, say),
     )
 
 
@@ -111,7 +112,7 @@ def _device_count(options: DeviceOptions, accelerator: str) -> int:
     return options.devices
 
 
-def _strategy(name: str, total_devices: int, say: Callable[[str], None]) -> Any:
+def _strategy(name: str, total_devices: int, accelerator: str, say: Callable[[str], None]) -> Any:
     """Published names on torch's own engines: DDP, or FSDP2 where something is sharded."""
     if total_devices == 1:
         if name not in ("auto", "ddp"):
@@ -120,17 +121,26 @@ def _strategy(name: str, total_devices: int, say: Callable[[str], None]) -> Any:
                 "the same mathematics"
             )
         return "auto"
-    if name.startswith("deepspeed"):
+    if name in ("auto", "ddp"):
+        # Buffers are packed weights, which no step changes.
+        return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+    stage, offloads = name.removesuffix("_offload"), name.endswith("_offload")
+    if stage in _SHARDED:
         say(
             f"strategy {name}: runs without DeepSpeed, on torch's own FSDP2, with the same "
-            f"mathematics; sharded are {_SHARDED[name]}"
+            f"mathematics; sharded are {_SHARDED[stage]}"
         )
-    if name == "fsdp" or name.startswith("deepspeed"):
-        shard = partial(_shard_blocks, keep_gathered=name == "deepspeed_stage_1")
-        return ModelParallelStrategy(
-            shard, data_parallel_size=total_devices, tensor_parallel_size=1
-        )
-    return DDPStrategy(gradient_as_bucket_view=True)
+    if offloads and accelerator == "cpu":
+        say(f"strategy {name}: a CPU run has everything in the machine's memory already")
+    shard = partial(_shard_blocks, keep_gathered=stage == "deepspeed_stage_1", offload=offloads)
+    # Clipping adds up norms of gradients that lie in the machine's memory: gloo does that.
+    backend = "cpu:gloo,cuda:nccl" if offloads and accelerator == "cuda" else None
+    return ModelParallelStrategy(
+        shard,
+        data_parallel_size=total_devices,
+        tensor_parallel_size=1,
+        process_group_backend=backend,
+    )
 
 
 _SHARDED = {
@@ -141,19 +151,25 @@ _SHARDED = {
 }
 
 
-def _shard_blocks(model: Any, device_mesh: Any, keep_gathered: bool = False) -> Any:
+def _shard_blocks(
+    model: Any, device_mesh: Any, keep_gathered: bool = False, offload: bool = False
+) -> Any:
     """One unit per block, gathered just before the block runs; the rest belongs to the model.
 
     keep_gathered: a block's weights stay whole from its forward to its backward pass, which saves
     the second gathering; what lives between two steps is sharded all the same.
+    offload: the shards and the optimizer's states rest in the machine's memory.
     """
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     options: dict[str, Any] = {"mesh": device_mesh["data_parallel"]}
     if keep_gathered:
         options["reshard_after_forward"] = False
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     # The model calls ln0 before block 0.
-    for unit in (model.blocks[0].ln0, *model.blocks):
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for unit in (blocks[0].ln0, *blocks):
         fully_shard(unit, **options)
     return fully_shard(model, **options)
 
@@ -165,13 +181,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor as one piece, gathered when it is sharded. Every rank must call this for every
-    tensor."""
-    if not hasattr(tensor, "full_tensor"):
-        return tensor
-    gathered: Tensor = tensor.full_tensor()
-    return gathered
+def sequence_group(fabric: Fabric, size: int) -> Any:
+    """The `size` neighbouring ranks that share this rank's sequences; None for 1. All processes
+    have to call this."""
+    if size == 1:
+        return None
+    ranks = range(fabric.world_size)
+    own, _ = torch.distributed.new_subgroups_by_enumeration(
+        [list(ranks[first : first + size]) for first in range(0, len(ranks), size)]
+    )
+    return own
 
 
 def planned_world_size(fabric: Fabric) -> int:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkvtune.training.fabric import unwrapped, whole
+from rwkvtune.checkpoint import whole
+from rwkvtune.training.fabric import unwrapped
 
 _PART_OF_BLOCK = re.compile(r"\bblocks\.(\d+)\.(att|ffn)\.")
 _PARTS = ("att", "ffn")

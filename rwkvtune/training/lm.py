@@ -41,13 +41,14 @@ class LanguageModelRecipe:
         """This rank's micro-batches of one step."""
         plan = self.plan
         first = step * plan.global_bsz
+        replica, stretch = divmod(self.fabric.global_rank, plan.context_parallel)
         batches: Iterable[Batch] = (
             self.data.dataset.batch(
                 first + i * plan.micro_bsz * plan.world_size,
                 plan.micro_bsz,
-                rank=self.fabric.global_rank,
+                rank=replica,
                 world_size=plan.world_size,
-            )
+            ).stretch(stretch, plan.context_parallel)
             for i in range(plan.accumulate)
         )
         if self.fabric.device.type == "cuda":
@@ -63,7 +64,7 @@ class LanguageModelRecipe:
         sources = self.data.validation
         if not sources:
             return {}
-        tokenizer, ranks = self.data.tokenizer, self.plan.world_size
+        tokenizer, ranks = self.data.tokenizer, self.fabric.world_size
         found = [
             evaluate(
                 model,

@@ -15,24 +15,33 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rwkvtune.checkpoint import prune_resume_states
+from rwkvtune.checkpoint import prune_resume_states, whole
 from rwkvtune.errors import UserError
+from rwkvtune.kernels.split import split_over
 from rwkvtune.kernels.working_weights import write_copies
 from rwkvtune.training.config import OptimizerOptions, OutputOptions
-from rwkvtune.training.fabric import whole
+from rwkvtune.training.fabric import sequence_group
 from rwkvtune.training.layer_stats import layer_statistics
 from rwkvtune.training.log import RunLog
 from rwkvtune.training.optim import set_hyperparameters
 from rwkvtune.training.plan import Plan
 from rwkvtune.training.run_state import Progress, RunState
 from rwkvtune.training.schedule import Schedule
+from rwkvtune.training.throughput import Throughput
 
 
 class MicroBatch(Protocol):
     """What the loop knows of a batch."""
 
     @property
+    def input_ids(self) -> Tensor: ...
+
+    @property
     def target_tokens(self) -> int: ...
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """(rows, tokens, those of them that stand for pictures)."""
 
     def to(self, device: torch.device | str) -> Any: ...
 
@@ -90,14 +99,19 @@ def fit(
     folder = Path(output.proj_dir)
     first_epoch = progress.restart_step // plan.epoch_steps
     trained = [p for p in model.parameters() if p.requires_grad]
+    group = sequence_group(fabric, plan.context_parallel)
     in_backward = optimizer_options.fused_backward
     model.train()
-    with StopRequest() as stop:
+    meter = Throughput(
+        every=output.throughput_log_steps, device_type=fabric.device.type, write=log.line
+    )
+    if plan.world_size > 1:
+        meter.sum_with(lambda counts: _sums_over_ranks(fabric, counts))
+    with StopRequest() as stop, state.writer:
         if progress.step == 0:
             # Here the state comes first: a run killed between the two would else go on from initial
             # weights that --save_dtype has rounded.
-            _save_state(fabric, state, folder, output)
-            _save_weights(fabric, state, folder, output, "init")
+            _save(fabric, state, folder, output, ["init"], state_first=True)
         batches = recipe.batches(progress)
         waited = trained_for = 0.0
         while progress.step < plan.total_steps:
@@ -113,13 +127,16 @@ def fit(
             carry = None
             for i, batch in enumerate(micro_batches):
                 is_last = i == len(micro_batches) - 1
-                with fabric.no_backward_sync(model, enabled=not is_last):
+                with fabric.no_backward_sync(model, enabled=not is_last), split_over(group):
                     loss_sum, _, carry, _ = recipe.loss(model, batch.to(fabric.device), carry)
                     if in_backward:
                         _check_finite(progress.step + 1, float(loss_sum), 0.0, folder)
                     # DDP and FSDP average gradients over ranks; targets already counts all of them.
-                    fabric.backward(loss_sum * (plan.world_size / max(targets, 1)))
+                    fabric.backward(loss_sum * (fabric.world_size / max(targets, 1)))
                 loss_here += loss_sum.detach()
+                if output.throughput_log_steps:
+                    rows, tokens, visual = batch.counts
+                    meter.add(samples=rows, tokens=tokens, visual_tokens=visual)
             if _scales_its_loss(fabric):
                 fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
             layers = []
@@ -169,6 +186,7 @@ def fit(
                     "seconds": progress.seconds,
                 }
             )
+            meter.step(took)
             if _is_due(progress.step, output.sample_every):
                 text = recipe.sample(model, progress.step)
                 if text is not None:
@@ -183,19 +201,18 @@ def fit(
                 # As upstream: every so many epochs from the first on, and the last one always.
                 if is_over or _is_due(epoch - first_epoch, output.epoch_save):
                     label = str(epoch)
-            if label is not None:
-                _save_weights(fabric, state, folder, output, label)
-            if is_over:
-                _save_weights(fabric, state, folder, output, "final")
+            labels = [] if label is None else [label]
+            labels += ["final"] if is_over else []
             must_stop = stop_votes and not is_over
-            if (label is not None or is_over or must_stop) or _is_due(
-                progress.step, output.save_every
-            ):
-                _save_state(fabric, state, folder, output)
+            if labels or must_stop or _is_due(progress.step, output.save_every):
+                _save(fabric, state, folder, output, labels)
             if must_stop:
+                state.writer.finish()
                 log.line(f"stopped after step {progress.step}; the same command goes on from there")
                 return stop.answer()
+        state.writer.timed(state.writer.finish)
         log.line(f"waited for data during {waited / trained_for:.2%} of the training time")
+        log.line(state.writer.in_words())
     return None
 
 
@@ -213,19 +230,30 @@ def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _save_state(fabric: Any, state: RunState, folder: Path, output: OutputOptions) -> Path:
-    """Write a resume state, always after the weights of its step: a kill in between costs the steps
-    since the state before, which then write the same weights again."""
-    saved = state.save(folder, write=fabric.is_global_zero)
-    if fabric.is_global_zero:
-        prune_resume_states(folder, output.keep_last, just_written=saved)
-    return saved
-
-
-def _save_weights(
-    fabric: Any, state: RunState, folder: Path, output: OutputOptions, label: str
+def _save(
+    fabric: Any,
+    state: RunState,
+    folder: Path,
+    output: OutputOptions,
+    labels: Sequence[str],
+    *,
+    state_first: bool = False,
 ) -> None:
-    state.write_weights(folder, label, dtype=output.save_dtype, write=fabric.is_global_zero)
+    """Write weights of these labels, and then a resume state: a kill in between costs the steps
+    since the state before, which then write the same weights again."""
+
+    def weights() -> None:
+        for label in labels:
+            state.write_weights(folder, label, dtype=output.save_dtype, write=fabric.is_global_zero)
+
+    def resume_state() -> None:
+        saved = state.save(folder, write=fabric.is_global_zero)
+        if fabric.is_global_zero:
+            keep = output.keep_last
+            state.writer.run(lambda: prune_resume_states(folder, keep, just_written=saved))
+
+    parts = (resume_state, weights) if state_first else (weights, resume_state)
+    state.writer.timed(lambda: [part() for part in parts])
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> float:
@@ -251,6 +279,12 @@ def _sum_over_ranks(fabric: Any, count: int) -> int:
     if fabric.world_size == 1:
         return count
     return int(fabric.all_reduce(torch.tensor(count, device=fabric.device), reduce_op="sum"))
+
+
+def _sums_over_ranks(fabric: Any, counts: list[float]) -> list[float]:
+    values = torch.tensor(counts, device=fabric.device)
+    total: list[float] = fabric.all_reduce(values, reduce_op="sum").tolist()
+    return total
 
 
 def _over_ranks(fabric: Any, loss: Tensor, wants_to_stop: bool) -> tuple[float, bool]:

@@ -267,7 +267,7 @@ def _state_shapes(part: Optimizer, parameter: Tensor) -> dict[str, tuple[int, ..
     shape = tuple(parameter.shape)
     if isinstance(part, AdamW):
         return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
-    if type(part).__name__ == "Muon":
+    if isinstance(part, getattr(torch.optim, "Muon", ())):
         return {"momentum_buffer": shape}
     blocks = (-(-parameter.numel() // BLOCK_8BIT),)
     return {"step": (), "state1": shape, "state2": shape, "absmax1": blocks, "absmax2": blocks}

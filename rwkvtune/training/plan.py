@@ -15,6 +15,7 @@ class Plan:
     """Sizes of a run. A step is an optimizer step; tokens and samples are those of all ranks."""
 
     world_size: int
+    """Ranks with windows of their own: all, or, where ranks share each window, their groups."""
     micro_bsz: int
     accumulate: int
     ctx_len: int
@@ -22,6 +23,8 @@ class Plan:
     epoch_schedule_steps: int
     """Length that the mini-epochs alone give; total_steps may be less because of exit_tokens."""
     total_steps: int
+    context_parallel: int = 1
+    """Ranks that share each window."""
 
     @property
     def global_bsz(self) -> int:
@@ -41,7 +44,8 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int, row_token
     be.
     """
     s = config.schedule
-    global_bsz = world_size * s.micro_bsz * s.accumulate_grad_batches
+    replicas = replicas_of(config, world_size)
+    global_bsz = replicas * s.micro_bsz * s.accumulate_grad_batches
     row_tokens = row_tokens or config.data.ctx_len
     tokens_per_step = global_bsz * row_tokens
     pass_steps = num_slots // global_bsz
@@ -56,7 +60,7 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int, row_token
         raise UserError(
             f"one pass over this data is {num_slots} windows of {config.data.ctx_len} tokens, less "
             f"than one step of {global_bsz} (micro_bsz {s.micro_bsz} x accumulate_grad_batches "
-            f"{s.accumulate_grad_batches} x {world_size} devices): use a smaller batch or ctx_len, "
+            f"{s.accumulate_grad_batches} x {replicas} devices): use a smaller batch or ctx_len, "
             "or set epoch_steps to go over it several times"
         )
     by_tokens = -(-s.exit_tokens // tokens_per_step)
@@ -65,14 +69,26 @@ def make_plan(config: TrainConfig, *, world_size: int, num_slots: int, row_token
     one_pass = num_slots // s.epoch_samples * epoch_steps if s.epoch_samples else epoch_steps
     total_steps = min((n for n in (by_tokens, by_epochs) if n), default=one_pass or pass_steps)
     return Plan(
-        world_size,
+        replicas,
         s.micro_bsz,
         s.accumulate_grad_batches,
         row_tokens,
         epoch_steps,
         by_epochs or one_pass or pass_steps,
         total_steps,
+        config.device.context_parallel,
     )
+
+
+def replicas_of(config: TrainConfig, world_size: int) -> int:
+    """Groups of ranks that train on windows of their own; UserError where ranks are left over."""
+    size = config.device.context_parallel
+    if world_size % size:
+        raise UserError(
+            f"context_parallel={size} does not divide the {world_size} processes of this run: "
+            "give --devices (times --num_nodes) a multiple of it"
+        )
+    return world_size // size
 
 
 KEPT_PER_BLOCK = {"x052": 18, "x060": 27, "x070": 28}
@@ -106,6 +122,7 @@ def memory_estimate(
     size = 2 if is_half else 4
     C = model.n_embd
     length = min(config.schedule.chunk_len or config.data.ctx_len, config.data.ctx_len)
+    length = -(-length // config.device.context_parallel)
     tokens = config.schedule.micro_bsz * length
     rows = config.optimizer.head_chunk or max(1, LOGITS_IN_MEMORY // model.vocab_size)
     head = min(rows, tokens) * model.vocab_size * size + model.vocab_size * C * 4

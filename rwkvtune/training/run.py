@@ -38,8 +38,9 @@ from rwkvtune.training.log import RunLog
 from rwkvtune.training.loop import Recipe, fit
 from rwkvtune.training.memory import PeakMemory, keep_freed_memory
 from rwkvtune.training.optim import build_optimizer
-from rwkvtune.training.plan import Plan, make_plan, memory_estimate
+from rwkvtune.training.plan import Plan, make_plan, memory_estimate, replicas_of
 from rwkvtune.training.run_state import Progress, RunState, SavedState, read_state
+from rwkvtune.training.saving import Writer
 from rwkvtune.training.schedule import Schedule
 from rwkvtune.training.starting_point import StartingPoint
 
@@ -198,7 +199,7 @@ def _prepare(
     _check_sampling(config, data.tokenizer, start.model_config.vocab_size, notes)
     notes += config.without_effect()
     s = config.schedule
-    global_bsz = world_size * s.micro_bsz * s.accumulate_grad_batches
+    global_bsz = replicas_of(config, world_size) * s.micro_bsz * s.accumulate_grad_batches
     plan = make_plan(
         config,
         world_size=world_size,
@@ -256,6 +257,18 @@ def _check_devices(config: TrainConfig, world_size: int) -> None:
         raise UserError(
             f"fused_backward moves a parameter before the {world_size} devices have added up their "
             "gradients: use one device, or leave it out"
+        )
+    shared = config.device.context_parallel
+    if shared > 1 and config.schedule.chunk_len:
+        raise UserError(
+            f"chunk_len={config.schedule.chunk_len} and context_parallel={shared} both make long "
+            "windows fit: leave one out (chunk_len stops gradients between chunks, "
+            "context_parallel does not)"
+        )
+    if shared > 1 and config.adapter.peft == "state":
+        raise UserError(
+            f"peft=state and context_parallel={shared}: only the first part of a window begins "
+            "with the trained state; leave context_parallel out"
         )
     for name, is_asked in (
         (f"peft={config.adapter.peft}", config.adapter.peft != "none"),
@@ -431,6 +444,7 @@ def _build_state(config: TrainConfig, job: _Job, fabric: Any, recipe: Recipe) ->
         job.settings,
         fabric.strategy.precision,
         adapter,
+        Writer(in_background=config.output.async_save),
     )
     if saved is not None:
         state.restore(saved)
@@ -567,7 +581,9 @@ def _fused_in_words(config: TrainConfig, job: _Job, device_type: str) -> str:
 
 def _length_in_words(config: TrainConfig, plan: Plan) -> str:
     if plan.ctx_len == config.data.ctx_len:
-        return f"ctx_len {plan.ctx_len}"
+        shared = plan.context_parallel
+        split = f", each over {shared} devices" if shared > 1 else ""
+        return f"ctx_len {plan.ctx_len}{split}"
     return f"{plan.ctx_len} on average"
 
 

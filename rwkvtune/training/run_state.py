@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from rwkvtune.checkpoint import (
     save_resume_state,
     save_weights,
 )
-from rwkvtune.training.fabric import unwrapped, whole
+from rwkvtune.training.fabric import unwrapped
 from rwkvtune.training.optim import load_optimizer_state, optimizer_state_to_tensors
+from rwkvtune.training.saving import Writer
 
 
 @dataclass
@@ -92,13 +94,14 @@ class RunState:
     """Fabric's precision plugin: has the state of the fp16 loss scaler."""
     adapter: Adapter | None = None
     """What is trained beside a frozen base."""
+    writer: Writer = field(default_factory=Writer)
 
     def weights(self) -> dict[str, Tensor]:
-        """Every parameter by its upstream name, whole, fp32; only those of the adapter where there
-        is one. A collective call when sharded."""
+        """Every parameter by its upstream name, fp32, sharded where the model is; only those of the
+        adapter where there is one."""
         weights = unwrapped(self.model).state_dict()
         names = weights if self.adapter is None else self.adapter.tensors
-        return {name: whole(weights[name].detach()) for name in names}
+        return {name: weights[name].detach() for name in names}
 
     def write_weights(self, run_folder: Path, label: str, *, dtype: str, write: bool) -> None:
         """Write what others read: rwkv-<label>.pth, or with an adapter the folder adapter-<label>,
@@ -108,34 +111,37 @@ class RunState:
         """
         if self.adapter is not None and label == "init":
             return
-        weights = self.weights()
-        if not write:
-            return
-        if self.adapter is None:
-            save_weights(run_folder / f"rwkv-{label}.pth", weights, dtype=dtype)
-        else:
+        named = {f"model.{name}": t for name, t in self.weights().items()}
+        taken = self.writer.take(self.progress.step, named, write=write)
+        weights = {name.removeprefix("model."): t for name, t in taken.items()}
+        adapter = self.adapter
+        if adapter is None:
+            path = run_folder / f"rwkv-{label}.pth"
+            self.writer.run(lambda: save_weights(path, weights, dtype=dtype, write=write))
+        elif write:
             model: Any = unwrapped(self.model)
-            self.adapter.save(model, weights, run_folder / f"adapter-{label}")
+            folder = run_folder / f"adapter-{label}"
+            self.writer.run(lambda: adapter.save(model, weights, folder))
 
     def save(self, run_folder: Path, *, write: bool) -> Path:
         """Write a resume state for the present step; ranks with write=False only help gathering."""
         tensors = {f"model.{name}": t for name, t in self.weights().items()}
         model = unwrapped(self.model)
         tensors |= {
-            f"optimizer.{name}": whole(t)
+            f"optimizer.{name}": t
             for name, t in optimizer_state_to_tensors(self.optimizer, model).items()
         }
         tensors["rng.cpu"] = torch.get_rng_state()
         meta = {
             "progress": dataclasses.asdict(self.progress),
             "settings": self.settings,
-            "recipe": self.recipe.state_dict(),
+            "recipe": copy.deepcopy(self.recipe.state_dict()),
             "loss_scale": self.precision.state_dict(),
             "base": dataclasses.asdict(self.adapter.base) if self.adapter else None,
         }
         folder = resume_folder(run_folder, self.progress.step)
-        if write:
-            save_resume_state(folder, tensors, meta)
+        tensors = self.writer.take(self.progress.step, tensors, write=write)
+        self.writer.run(lambda: save_resume_state(folder, tensors, meta, write=write))
         return folder
 
     def restore(self, saved: SavedState) -> None:

@@ -57,13 +57,15 @@ class ChatRecipe:
 
     def _batches_of(self, step: int) -> list[Batch]:
         plan = self.plan
+        replica, stretch = divmod(self.fabric.global_rank, plan.context_parallel)
         batches: Iterable[Batch] = self._batches.batches(
             step,
             micro_bsz=plan.micro_bsz,
             accumulate=plan.accumulate,
-            rank=self.fabric.global_rank,
+            rank=replica,
             world_size=plan.world_size,
         )
+        batches = (batch.stretch(stretch, plan.context_parallel) for batch in batches)
         if self.fabric.device.type == "cuda":
             batches = map(Batch.pinned, batches)
         return [part for batch in batches for part in batch.chunks(self.config.schedule.chunk_len)]
@@ -76,7 +78,7 @@ class ChatRecipe:
     def validate(self, model: nn.Module) -> dict[str, float]:
         if self.data.validation is None:
             return {}
-        ranks = self.plan.world_size
+        ranks = self.fabric.world_size
         found = evaluate_batches(
             model,
             validation_batches(

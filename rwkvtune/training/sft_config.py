@@ -41,8 +41,6 @@ class TuningScheduleOptions(ScheduleOptions):
 
     micro_bsz: int = 4
     """Rows per device and micro-batch."""
-    epoch_count: int = 1
-    """Passes over the conversations, or mini-epochs where epoch_steps says how long one is."""
     lr_init: float = 2e-5
     """Highest learning rate."""
     lr_final: float = 2e-6

@@ -31,7 +31,7 @@ class Throughput:
         self._memory = PeakMemory(device_type) if every else None
         self._steps = -1
         self._counts = [0.0, 0.0, 0.0]
-        self._began = clock()
+        self._began, self._seconds = clock(), 0.0
 
     def sum_with(self, total: Callable[[list[float]], list[float]]) -> None:
         """Turn counts of this process into those of all by `total` from now on."""
@@ -42,20 +42,25 @@ class Throughput:
         for i, count in enumerate((samples, tokens, visual_tokens)):
             self._counts[i] += count
 
-    def step(self) -> dict[str, float] | None:
-        """The end of a step: writes a line when one is due, and then returns its numbers."""
+    def step(self, seconds: float | None = None) -> dict[str, float] | None:
+        """The end of a step: writes a line when one is due, and then returns its numbers.
+
+        seconds: what the step took; None = all since the step before, whatever else was done.
+        """
         if not self.every:
             return None
+        now = self._clock()
+        self._seconds += now - self._began if seconds is None else seconds
+        self._began = now
         self._steps += 1
         if self._steps % self.every:
             return None
         measured = self._measure() if self._steps else None
-        self._counts = [0.0, 0.0, 0.0]
-        self._began = self._clock()
+        self._counts, self._seconds = [0.0, 0.0, 0.0], 0.0
         return measured
 
     def _measure(self) -> dict[str, float]:
-        seconds = max(self._clock() - self._began, 1e-9)
+        seconds = max(self._seconds, 1e-9)
         counts = self._total(self._counts) if self._total else self._counts
         samples, tokens, visual = (count / seconds for count in counts)
         measured = {

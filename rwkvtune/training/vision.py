@@ -1,11 +1,10 @@
-"""Training of a vision adapter, and of the language model with it: the recipe, and the order in
-which such a run is put together."""
+"""Training of a vision adapter, and of the language model with it: the recipe, what a run saves,
+and how it is put together."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,38 +20,26 @@ from rwkvtune.adapters.adapter import attach, store_frozen
 from rwkvtune.adapters.base import Base, base_of
 from rwkvtune.adapters.quant import quantize
 from rwkvtune.adapters.settings import AdapterSettings
-from rwkvtune.checkpoint import load_resume_meta, newest_resume_state, save_weights
+from rwkvtune.checkpoint import load_resume_meta, save_weights
 from rwkvtune.data.batch import IGNORED_TARGET
-from rwkvtune.data.images import PictureStore, Preprocessing
-from rwkvtune.data.llava import RecordFile
 from rwkvtune.data.prefetch import prefetched
-from rwkvtune.data.tokenizers import Tokenizer, save_tokenizer
-from rwkvtune.data.visual import IMAGE_PAD, Assembly, BucketedOrder, VisualBatch, VisualDataset
-from rwkvtune.errors import MissingFileError, UserError
+from rwkvtune.data.tokenizers import save_tokenizer
+from rwkvtune.data.visual import BucketedOrder, VisualBatch, VisualDataset
+from rwkvtune.errors import UserError
 from rwkvtune.files import RunFolderLock, atomic_write, remove_leftovers
 from rwkvtune.inference.generate import evaluating
 from rwkvtune.inference.vision import (
     ABOUT_FILE,
     EARLIER_STAGE,
-    SavedAdapter,
-    check_widths,
     describe,
-    find_adapter,
     language_model_weights,
-    open_encoder,
-    read_adapter,
-    tokenizer_for,
 )
 from rwkvtune.kernels.dispatch import announce, resolve
 from rwkvtune.kernels.fused.cross_entropy import head_cross_entropy
 from rwkvtune.models import (
-    ModelConfig,
     build_model,
-    config_from_state_dict,
     fill_model,
 )
-from rwkvtune.models.vision.config import AdapterConfig
-from rwkvtune.models.vision.encoders import Encoder
 from rwkvtune.models.vision.model import (
     PUBLISHED_PREFIX,
     Adapter,
@@ -66,7 +53,6 @@ from rwkvtune.training.fabric import (
     make_fabric,
     planned_world_size,
     unwrapped,
-    whole,
 )
 from rwkvtune.training.log import RunLog
 from rwkvtune.training.loop import fit
@@ -76,8 +62,10 @@ from rwkvtune.training.plan import Plan
 from rwkvtune.training.run import draw_if_outdated, write_settings
 from rwkvtune.training.run_state import Progress, RunState, read_state
 from rwkvtune.training.schedule import Schedule
-from rwkvtune.training.vision_config import CONFIRMED, VisionConfig, changes_refused
-from rwkvtune.training.vision_plan import VisionSizes, largest_fitting, make_plan, memory_estimate
+from rwkvtune.training.vision_config import VisionConfig
+from rwkvtune.training.vision_data import fill_caches
+from rwkvtune.training.vision_job import VisionJob, prepare
+from rwkvtune.training.vision_plan import largest_fitting, memory_estimate
 
 PUBLISHED_PEFT = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.01}
 """LoRA's settings in upstream where none are given."""
@@ -179,7 +167,7 @@ def _loss_sum(model: nn.Module, batch: VisualBatch) -> Tensor:
     return total
 
 
-@dataclass
+@dataclass(kw_only=True)
 class VisionState(RunState):
     """Saves what is trained; the frozen rest is referred to."""
 
@@ -187,6 +175,8 @@ class VisionState(RunState):
     about: dict[str, Any]
     """For adapter_config.json."""
     peft: Peft | None
+    keeps_encoder: bool
+    """The encoder is not that of its folder, so its tensors are saved too."""
     written_at: int = -1
     """The step of the newest adapter-<k>."""
 
@@ -202,8 +192,12 @@ class VisionState(RunState):
 
     def weights(self) -> dict[str, Tensor]:
         model = unwrapped(self.model)
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        return {name: whole(p.detach()) for name, p in trained.items()}
+        kept = {
+            name: p
+            for name, p in model.named_parameters()
+            if p.requires_grad or (self.keeps_encoder and name.startswith("encoder."))
+        }
+        return {name: p.detach() for name, p in kept.items()}
 
     def write_weights(self, run_folder: Path, label: str, *, dtype: str, write: bool) -> None:
         """adapter-<k>.safetensors, and rwkv-<k>.pth or lora-<k>/ for what else was trained."""
@@ -230,9 +224,8 @@ class VisionState(RunState):
         model = unwrapped(self.model)
         assert isinstance(model, VisionLanguageModel)
         adapter = {n: t.detach() for n, t in model.adapter.state_dict().items()}
-        is_trained = "encoder" in self.config.parts
         inner = model.encoder.get_submodule("model")
-        return model, adapter, dict(inner.state_dict()) if is_trained else {}
+        return model, adapter, dict(inner.state_dict()) if self.keeps_encoder else {}
 
     def _write_adapter(self, run_folder: Path, label: str) -> None:
         _, adapter, encoder = self._parts()
@@ -256,31 +249,6 @@ class VisionState(RunState):
         return dict(merge(load_language_model(Path(base)), base, lora_folder).state_dict())
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A run that nothing speaks against, before anything of it exists."""
-
-    llm: ModelConfig
-    llm_weights: dict[str, Tensor]
-    tokenizer: Tokenizer
-    encoder: Encoder
-    preprocessing: Preprocessing
-    adapter: AdapterConfig
-    start: SavedAdapter | None
-    """The adapter that the run begins with; None = initial values, or those of the resume state."""
-    data: VisualDataset
-    validation: VisualDataset | None
-    data_files: tuple[Path, ...]
-    plan: Plan
-    sizes: VisionSizes
-    resume: Path | None
-    progress: Progress
-    settings: dict[str, Any]
-    earlier: Path | None
-    """A run of another stage in this folder, whose files are moved aside."""
-    notes: list[str]
-
-
 def train_vision(
     config: VisionConfig, *, notes: Sequence[str] = (), rows: Sequence[tuple[str, str]] = ()
 ) -> int:
@@ -298,7 +266,7 @@ def train_vision(
     fabric = _fabric(config, said)
     if fabric.device.type == "cpu":
         keep_freed_memory()
-    job = _prepare(config, planned_world_size(fabric), fabric.device, said)
+    job = prepare(config, planned_world_size(fabric), said)
     if job.progress.step >= job.plan.total_steps:
         if fabric.is_global_zero:
             print(
@@ -338,274 +306,8 @@ def _fabric(config: VisionConfig, notes: list[str]) -> Any:
     return fabric
 
 
-def _prepare(config: VisionConfig, world_size: int, device: torch.device, notes: list[str]) -> _Job:
-    """Look at all that the run needs, and raise UserError for what is wrong; writes nothing."""
-    folder = Path(config.proj_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"proj_dir={folder} is a file; give a folder, existing or new")
-    resume, earlier = _resume_state(config, folder, notes)
-    weights, has_adapter = language_model_weights(Path(config.load_model))
-    llm = config_from_state_dict(weights)
-    if llm.version != "x070":
-        raise UserError(f"{config.load_model} is {llm.version}: vision training needs x070 weights")
-    _confirm_shapes(config, llm, notes)
-    tokenizer = tokenizer_for(Path(config.load_model), llm.vocab_size, config.tokenizer)
-    if config.form == "placeholder" and llm.vocab_size <= IMAGE_PAD:
-        raise UserError(
-            f"form=placeholder uses the ids up to {IMAGE_PAD}, {config.load_model} knows 0 to "
-            f"{llm.vocab_size - 1}: use form=prefix"
-        )
-    files = data_files(Path(config.data_file))
-    trained = "encoder" in config.parts
-    dtype = torch.bfloat16 if config.precision == "bf16" and not trained else torch.float32
-    encoder, preprocessing = open_encoder(config.encoder_path, config.encoder_type, dtype)
-    start = None if resume else _starting_adapter(config, folder, has_adapter, encoder, notes)
-    adapter = _adapter_config(config, llm, encoder, start)
-    assembly = Assembly(
-        tokenizer,
-        adapter.num_tokens(encoder.num_tokens),
-        form=config.form,
-        keep_image_tag=config.keep_image_tag,
-    )
-    _check_room(config, assembly)
-    data = open_data(config, files, assembly, preprocessing)
-    validation = None
-    if config.val_data_file:
-        others = data_files(Path(config.val_data_file))
-        validation = open_data(config, others, assembly, preprocessing)
-    plan, uneven = make_plan(
-        config,
-        world_size=world_size,
-        num_samples=len(data),
-        tokens_per_sample=float(data.lengths.clip(max=config.ctx_len).mean()),
-    )
-    notes += [*uneven, *config.without_effect()]
-    if config.lr_schedule in ("wsd", "wsd_cosine"):
-        notes.append(
-            f"lr_schedule {config.lr_schedule}: world_train.py's curve, 100 steps up from 0, then "
-            "half a cosine wave to 0, without a plateau and with lr_final unused; "
-            "--lr_schedule wsd_stable has a plateau"
-        )
-        if plan.total_steps <= 100:
-            notes.append(
-                f"this run has {plan.total_steps} steps, so it ends while the learning rate still "
-                "rises"
-            )
-    sizes = VisionSizes(
-        llm,
-        adapter,
-        sum(p.numel() for p in encoder.parameters()),
-        3 * preprocessing.shape[0] * preprocessing.shape[1],
-        int(data.lengths.max()),
-        data.label_tokens,
-    )
-    progress, before = Progress(), {}
-    if resume is not None:
-        meta = load_resume_meta(resume)
-        progress, before = Progress(**meta["progress"]), meta["settings"]
-    settings = _settings(config, plan, llm, encoder.fingerprint, files)
-    refused = changes_refused(before, settings)
-    if refused:
-        raise UserError(
-            f"{folder} holds a run with other settings: {'; '.join(refused)}. Give the old values "
-            "to go on, or another proj_dir for a new run"
-        )
-    return _Job(
-        llm, weights, tokenizer, encoder, preprocessing, adapter, start, data,
-        validation, files, plan, sizes, resume, progress, settings, earlier, notes,
-    )  # fmt: skip
-
-
-def _resume_state(
-    config: VisionConfig, folder: Path, notes: list[str]
-) -> tuple[Path | None, Path | None]:
-    """(the state to go on from, or None; the newest of a run of another stage in the folder)."""
-    state = newest_resume_state(folder, report=notes.append)
-    if state is not None and config.resume == "never":
-        raise UserError(
-            f"{folder} already holds a run and resume=never: choose another proj_dir, or --resume "
-            "auto to go on"
-        )
-    if state is None:
-        if config.resume == "required":
-            raise UserError(f"{folder} holds no run to go on with and resume=required")
-        others = [p.name for p in folder.glob("rwkv-*.pth")]
-        if others and find_adapter(folder) is None:
-            raise UserError(
-                f"{folder} holds a run of language-model training ({others[0]}): give another "
-                "proj_dir"
-            )
-        return None, None
-    settings = load_resume_meta(state)["settings"]
-    if "parts" not in settings:
-        raise UserError(f"{folder} holds a run of another kind: give another proj_dir")
-    if (settings["parts"], settings["peft"]) == (sorted(config.parts), config.peft):
-        return state, None
-    return None, state
-
-
-def _confirm_shapes(config: VisionConfig, llm: ModelConfig, notes: list[str]) -> None:
-    """Warn of dimensions in flags that the file contradicts, or refuse them."""
-    found = dataclasses.asdict(llm)
-    wrong = [
-        f"{name} {getattr(config, name)} (the file's is {found[name]})"
-        for name in CONFIRMED
-        if getattr(config, name) not in (None, 0, found[name])
-    ]
-    if not wrong:
-        return
-    text = f"wrong shapes for {config.load_model}: {', '.join(wrong)}"
-    if config.strict_shape:
-        raise UserError(f"{text}; leave them out, or --strict_shape 0 to take the file's")
-    notes.append(f"warning: {text}; the file's are used")
-
-
-def data_files(path: Path) -> tuple[Path, ...]:
-    """The JSON files of a data set; the folder of pictures is `picture_folder` of them."""
-    if path.is_file():
-        return (path,)
-    if not path.is_dir():
-        raise MissingFileError(f"data_file={path}: there is no such folder or file")
-    for name in ("chat.json", "chat.jsonl"):
-        if (path / name).is_file():
-            return (path / name,)
-    texts = sorted([*path.glob("text/*.json"), *path.glob("text/*.jsonl")])
-    if not texts:
-        here = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-        raise UserError(
-            f"{path} has neither chat.json nor chat.jsonl nor text/*.json; it has {here}"
-        )
-    return tuple(texts)
-
-
-def picture_folder(files: Sequence[Path]) -> Path:
-    parent = files[0].parent
-    return parent.parent if parent.name == "text" else parent
-
-
-class _Joined:
-    """The records of several files, one after the other."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files = [RecordFile(path) for path in files]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.files))
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        for file in self.files:
-            if number < len(file):
-                return file[number]
-            number -= len(file)
-        raise IndexError(number)
-
-
-def open_data(
-    config: VisionConfig, files: Sequence[Path], assembly: Assembly, preprocessing: Preprocessing
-) -> VisualDataset:
-    return VisualDataset(
-        _Joined(files),
-        PictureStore(picture_folder(files)),
-        assembly,
-        preprocessing,
-        ctx_len=config.ctx_len,
-        on_bad=config.on_bad_data,
-        num_workers=config.num_workers,
-    )
-
-
-def _starting_adapter(
-    config: VisionConfig, folder: Path, has_adapter: bool, encoder: Encoder, notes: list[str]
-) -> SavedAdapter | None:
-    """The trained adapter that a new run begins with; None = initial values.
-
-    UserError where the language model would be trained on an adapter that has learned nothing.
-    """
-    path = Path(config.load_adapter) if config.load_adapter else None
-    if path is None and config.parts != {"adapter"}:
-        path = find_adapter(folder)
-        if path is None and has_adapter:
-            path = Path(config.load_model)
-        if path is None:
-            raise UserError(
-                f"train_step {config.train_step} begins with a trained adapter, and there is none: "
-                f"give --load_adapter FILE or the proj_dir of stage 1 (--train_step adapter); "
-                f"{folder} has no adapter-*.safetensors"
-            )
-    if path is None:
-        if has_adapter:
-            notes.append(
-                f"{config.load_model} has an adapter too, which a new one replaces; --load_adapter "
-                f"{config.load_model} would go on with it"
-            )
-        return None
-    saved = read_adapter(path, encoder_width=encoder.width)
-    check_widths(saved, encoder)
-    notes.append(f"the adapter comes from {saved.path}: all {len(saved.weights)} tensors of it")
-    if saved.encoder_weights:
-        encoder.model.load_state_dict(saved.encoder_weights)
-        notes.append("and the encoder's weights, which were trained with it")
-    return saved
-
-
-def _adapter_config(
-    config: VisionConfig, llm: ModelConfig, encoder: Encoder, start: SavedAdapter | None
-) -> AdapterConfig:
-    if start is not None:
-        if start.config.n_embd != llm.n_embd:
-            raise UserError(
-                f"{start.path} is for models of width {start.config.n_embd}, {config.load_model} "
-                f"has {llm.n_embd}"
-            )
-        return start.config
-    is_mlp = config.adapter_form == "mlp"
-    kernel, stride = config.conv
-    return AdapterConfig(
-        encoder.width,
-        llm.n_embd,
-        (config.adapter_hidden or 4 * llm.n_embd) if is_mlp else 0,
-        kernel,
-        stride,
-        config.adapter_shuffle,
-        norm=is_mlp,
-    )
-
-
-def _check_room(config: VisionConfig, assembly: Assembly) -> None:
-    if assembly.image_tokens >= config.ctx_len:
-        raise UserError(
-            f"a picture takes {assembly.image_tokens} tokens, which leaves nothing of ctx_len "
-            f"{config.ctx_len} for an answer: give a larger ctx_len, or --adapter_conv 3,2"
-        )
-
-
-def _settings(
-    config: VisionConfig, plan: Plan, llm: ModelConfig, encoder_id: str, files: Sequence[Path]
-) -> dict[str, Any]:
-    """What a resume compares, with what was left open replaced by what it came to."""
-    return dataclasses.asdict(config) | {
-        "parts": sorted(config.parts),
-        "steps_per_epoch": plan.epoch_steps,
-        "global_batch": plan.global_bsz,
-        "data": "; ".join(map(_fingerprint, files)),
-        "encoder": encoder_id,
-        "version": llm.version,
-        "model": dataclasses.asdict(llm),
-    }
-
-
-def _fingerprint(path: Path) -> str:
-    """Tells another file of the same name: size, and a checksum over both ends."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        crc = zlib.crc32(file.read(1 << 20))
-        file.seek(max(0, size - (1 << 20)))
-        crc = zlib.crc32(file.read(), crc)
-    return f"{size} bytes, crc32 {crc:08x}"
-
-
 def _build_model(
-    config: VisionConfig, job: _Job
+    config: VisionConfig, job: VisionJob
 ) -> tuple[VisionLanguageModel, Base, Peft | None, str]:
     """(the model as the run begins, its base, LoRA if any, how the base is kept, in words)."""
     saved = None if job.resume is None else read_state(job.resume)
@@ -639,13 +341,13 @@ def _build_model(
     model = VisionLanguageModel(llm, job.encoder, adapter)
     if saved is not None:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        if trained != set(saved.model):
+        if trained != {name for name in saved.model if name in trained or not job.keeps_encoder}:
             raise UserError(f"{job.resume} holds other tensors than this run trains")
         model.load_state_dict(saved.model, strict=False)
     return model, base, peft, words
 
 
-def _run(config: VisionConfig, job: _Job, fabric: Any, rows: Sequence[tuple[str, str]]) -> int:
+def _run(config: VisionConfig, job: VisionJob, fabric: Any, rows: Sequence[tuple[str, str]]) -> int:
     """Put the run together and train; returns the exit code."""
     folder, plan, is_zero = Path(config.proj_dir), job.plan, fabric.is_global_zero
     memory = PeakMemory(fabric.device.type)
@@ -664,6 +366,7 @@ def _run(config: VisionConfig, job: _Job, fabric: Any, rows: Sequence[tuple[str,
         if is_zero and job.earlier is not None:
             _move_aside(folder, job.notes)
         model, base, peft, kept = _build_model(config, job)
+        _check_base(job, base)
         recipe = VisionRecipe(config, plan, job.data, job.validation, fabric, log)
         state = _build_state(config, job, fabric, recipe, model, _about(config, job, base), peft)
         if is_zero:
@@ -684,6 +387,7 @@ def _run(config: VisionConfig, job: _Job, fabric: Any, rows: Sequence[tuple[str,
             kernel_words = f"{job.llm.kernel} {kernel.backend} ({kernel.reason})"
             table = _table(config, job, fabric.device, memory, trained, kept)
             log.table([*rows, *table, ("kernel", kernel_words), ("run folder", config.proj_dir)])
+            fill_caches(job.caches, job.encoder, fabric, log)
             stopped = fit(
                 fabric,
                 state,
@@ -709,6 +413,17 @@ def _run(config: VisionConfig, job: _Job, fabric: Any, rows: Sequence[tuple[str,
     return stopped.exit_code if stopped else 0
 
 
+def _check_base(job: VisionJob, base: Base) -> None:
+    """UserError when a run goes on with other weights than it began with; notes them."""
+    before = load_resume_meta(job.resume)["settings"] if job.resume else {}
+    if before.get("base", base.content) != base.content:
+        raise UserError(
+            f"load_model={base.path} has other values than the weights that {job.resume} belongs "
+            "to: give these"
+        )
+    job.settings["base"] = base.content
+
+
 def _move_aside(folder: Path, notes: list[str]) -> None:
     """Put what a run of another stage has written into a folder of its own, where its adapter is
     still found."""
@@ -728,7 +443,7 @@ def _move_aside(folder: Path, notes: list[str]) -> None:
 
 def _build_state(
     config: VisionConfig,
-    job: _Job,
+    job: VisionJob,
     fabric: Any,
     recipe: VisionRecipe,
     model: VisionLanguageModel,
@@ -753,16 +468,17 @@ def _build_state(
         job.progress,
         job.settings,
         fabric.strategy.precision,
-        config,
-        about,
-        peft,
+        config=config,
+        about=about,
+        peft=peft,
+        keeps_encoder=job.keeps_encoder,
     )
     if job.resume is not None:
         state.restore(read_state(job.resume))
     return state
 
 
-def _about(config: VisionConfig, job: _Job, base: Base) -> dict[str, Any]:
+def _about(config: VisionConfig, job: VisionJob, base: Base) -> dict[str, Any]:
     """adapter_config.json: all that is needed to use the adapter again."""
     return {
         "adapter": dataclasses.asdict(job.adapter),
@@ -798,7 +514,7 @@ def make_schedule(config: VisionConfig, plan: Plan) -> Schedule:
 
 def _table(
     config: VisionConfig,
-    job: _Job,
+    job: VisionJob,
     device: torch.device,
     memory: PeakMemory,
     trained: int,
@@ -845,12 +561,12 @@ def _table(
     ]
 
 
-def _start_in_words(job: _Job) -> str:
+def _start_in_words(job: VisionJob) -> str:
     return f"adapter {job.start.path}" if job.start else "a new adapter"
 
 
 def _memory_in_words(
-    config: VisionConfig, job: _Job, device: torch.device, memory: PeakMemory
+    config: VisionConfig, job: VisionJob, device: torch.device, memory: PeakMemory
 ) -> str:
     """The estimate, and whether it fits."""
     needed = memory_estimate(config, job.sizes, device.type) + memory.before

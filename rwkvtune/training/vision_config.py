@@ -205,7 +205,9 @@ class VisionConfig:
             "proj_dir", "resume", "random_seed", "epoch_save", "save_every", "keep_last",
             "log_every", "val_every", "tensorboard", "wandb",
         )  # fmt: skip
-        return OutputOptions(log_layers=False, **{name: getattr(self, name) for name in names})
+        return OutputOptions(
+            log_layers=False, **{n: getattr(self, n) for n in names if hasattr(self, n)}
+        )
 
     @property
     def conv(self) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rwkvtune.adapters.adapter import Adapter, attach, merge
+from rwkvtune.adapters.adapter import Adapter, attach, load, merge
 from rwkvtune.adapters.quant import dequantize, quantize
 from rwkvtune.adapters.settings import AdapterSettings
 from rwkvtune.checkpoint import load_weights, save_weights
@@ -98,6 +98,9 @@ def test_a_folder_merges_and_loads_in_plain_peft_to_the_logits_of_what_was_train
     assert all(torch.equal(plain.state_dict()[n], t) for n, t in untouched.items())
     assert (plain(IDS)[0] - expected).abs().max() < 1e-5
     # Its prefix matters: with another one peft would load nothing and only warn.
+    assert torch.equal(load(make_base(), "base.pth", tmp_path / "adapter")(IDS)[0], expected) or (
+        kind == "pissa"  # whose folder holds a LoRA of twice its rank
+    )
     by_peft = PeftModel.from_pretrained(make_base(), tmp_path / "adapter")
     assert (by_peft(IDS)[0] - expected).abs().max() < 1e-5
     # What peft's wrapper is given reaches the model.
@@ -209,6 +212,7 @@ def test_a_folder_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
         (AdapterSettings("lora", train_modules="ln9"), "ln9 is not in this model"),
         (AdapterSettings("lora", train_modules="x_r"), "x_r is a single tensor"),
         (AdapterSettings("lora", train_modules="att"), "att holds the projections"),
+        (AdapterSettings("lora", peft_config={"bias": "all"}), "name its module in train_modules"),
         (AdapterSettings("lora", peft_config={"rank": 4}), "rank, which peft's LoraConfig"),
     ],
 )

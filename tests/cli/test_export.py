@@ -96,10 +96,11 @@ def test_what_cannot_be_done_is_one_line(
     assert [p.name for p in folder.iterdir()] == ["run"]
 
 
-def test_a_gguf_file_given_as_weights_tells_of_export(
+def test_another_form_given_as_weights_tells_of_export(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("gguf")
-    assert export("run", "m.gguf", "--to", "gguf") == 0
-    assert main(["generate", "m.gguf"]) == 2
-    assert "rwkvtune export m.gguf NAME.pth --to pth" in capsys.readouterr().err
+    assert export("run", "m.gguf", "--to", "gguf") == export("run", "folder", "--to", "hf") == 0
+    for name in ("m.gguf", "folder"):
+        assert main(["generate", name]) == 2
+        assert f"rwkvtune export {name} NAME.pth --to pth" in capsys.readouterr().err

@@ -15,14 +15,12 @@ import yaml
 from rwkvtune.checkpoint import save_weights
 from rwkvtune.cli.main import main
 from rwkvtune.cli.train import (
-    for_launcher,
     make_parser,
     parse_settings,
 )
 from rwkvtune.data.binidx import BinIdxWriter
-from rwkvtune.errors import UserError
 from rwkvtune.models import RWKV7Config, build_model
-from rwkvtune.training.config import DeviceOptions, TrainConfig, Version, setting_types
+from rwkvtune.training.config import TrainConfig, Version, setting_types
 
 TYPES = setting_types()
 DEFAULTS = TrainConfig().to_flat()
@@ -250,14 +248,3 @@ def test_the_config_that_a_run_writes_goes_on_with_it_and_begins_another_like_it
     rows = [(other / "metrics.csv").read_text().splitlines()[i].split(",")[:4] for i in (1, 2)]
     assert rows[0][:3] == ["1", "0", "64"]
     torch.set_num_threads(threads)
-
-
-def test_torchruns_numbers_are_taken_over_and_other_ones_refused() -> None:
-    config = TrainConfig()
-    assert for_launcher(config, {}) == config
-    environment = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}
-    device = for_launcher(config, environment).device
-    assert (device.devices, device.num_nodes) == (4, 2)
-    for wrong in (DeviceOptions(devices=1), DeviceOptions(num_nodes=4)):
-        with pytest.raises(UserError, match="torchrun has started 4 processes on each of 2"):
-            for_launcher(dataclasses.replace(config, device=wrong), environment)

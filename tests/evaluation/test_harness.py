@@ -27,7 +27,7 @@ pytest.importorskip("lm_eval", reason="lm-eval comes with the dev extra")
 
 from lm_eval.api.instance import Instance
 
-from rwkvtune.evaluation.harness import HarnessModel, run_tasks
+from rwkvtune.evaluation.harness import HarnessModel, find_tasks, run_tasks
 
 PAIRS = [
     ("The capital of France is", " Paris"),
@@ -218,7 +218,7 @@ def test_tasks_in_local_files_give_the_numbers_of_their_definitions(
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     tasks = [str(task_folder / "quiz.yaml"), str(task_folder / "last_word.yaml")]
-    metrics, _ = run_tasks(harness(model), tasks)
+    metrics, _ = run_tasks(harness(model), find_tasks(tasks))
     found = {(m.task, m.name): m for m in metrics}
 
     right = []
@@ -239,9 +239,9 @@ def test_tasks_in_local_files_give_the_numbers_of_their_definitions(
     assert perplexity.error is not None and perplexity.error > 0
 
 
-def test_a_task_that_is_not_there_is_named(model: LanguageModel, tmp_path: Path) -> None:
+def test_a_task_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="there is no task file nowhere.yaml"):
-        run_tasks(harness(model), ["nowhere.yaml"])
+        find_tasks(["nowhere.yaml"])
     (tmp_path / "bad.yaml").write_text("task: [unclosed")
     with pytest.raises(UserError, match="cannot be read as a task"):
-        run_tasks(harness(model), [str(tmp_path / "bad.yaml")])
+        find_tasks([str(tmp_path / "bad.yaml")])

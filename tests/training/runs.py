@@ -92,11 +92,15 @@ def run(args: Sequence[str], output: Path, blow: Blow | None = None) -> Ended:
 
 
 def start_ranks(
-    args: Sequence[str], outputs: Path, world_size: int, last_rank: Sequence[str] = ()
+    args: Sequence[str],
+    outputs: Path,
+    world_size: int,
+    last_rank: Sequence[str] = (),
+    blows: Mapping[int, Blow] | None = None,
 ) -> list[Running]:
     """The processes of a distributed run, as torchrun starts them; each has a file in `outputs`.
 
-    last_rank: flags that only the last one gets.
+    last_rank: flags that only the last one gets.  blows: by rank.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -114,7 +118,8 @@ def start_ranks(
             "LOCAL_WORLD_SIZE": str(world_size),
         }
         own = [*args, *last_rank] if rank == world_size - 1 else args
-        running.append(start(own, outputs / f"rank-{rank}", environment=environment))
+        blow = (blows or {}).get(rank)
+        running.append(start(own, outputs / f"rank-{rank}", blow, environment))
     return running
 
 

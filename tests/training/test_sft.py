@@ -79,7 +79,7 @@ def test_a_packed_row_has_the_loss_and_gradients_of_its_conversations_apart(
         targets = sum(b.target_tokens for b in batches)
         total = 0.0
         for batch in batches:
-            loss, *_ = next_token_loss(model, batch, OptimizerOptions())
+            loss, *_ = next_token_loss(model, batch, None, OptimizerOptions())
             (loss / targets).backward()
             total += loss.item() / targets
         named = model.named_parameters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from array import array
@@ -20,6 +21,9 @@ END_OF_DOCUMENT = 0
 
 PIECE_BYTES = 1 << 21
 """A longer text is encoded in pieces of about this size, so that memory does not grow with it."""
+
+COMPILE_AFTER = 1 << 23
+"""Bytes of text after which a matcher is compiled: what that saves is then more than it takes."""
 
 _CHECKED_TOGETHER = 1 << 14  # ids: what is made for them then stays in the cache
 _LOOKED_AT = 1 << 8  # bytes looked at together for a place to cut
@@ -111,19 +115,25 @@ class TableTokenizer:
         return ids
 
     def encode_documents(self, texts: Sequence[str], *, unfinished: bool = False) -> EncodedTexts:
-        collected = array("I")
         all_encoded = [utf8(text) for text in texts]
-        self._append_documents(collected, texts, all_encoded)
-        if unfinished:
-            collected.pop()
-        ids = np.frombuffer(collected, np.uint32)
         text_bytes = np.fromiter(map(len, all_encoded), np.int64, len(all_encoded))
+        ids = self._matched(all_encoded)
+        if ids is None:
+            collected = array("I")
+            self._append_documents(collected, texts, all_encoded)
+            ids = np.frombuffer(collected, np.uint32)
+        if unfinished:
+            ids = ids[:-1]
         ends = np.flatnonzero(ids == END_OF_DOCUMENT) + 1
         if unfinished:
             ends = np.append(ends, len(ids))
         if not self._gives_back(ids, ends, text_bytes, b"".join(all_encoded)):
             raise self._does_not_come_back(texts)
         return EncodedTexts(ids, np.diff(ends, prepend=0), text_bytes)
+
+    def _matched(self, all_encoded: Sequence[bytes]) -> np.ndarray | None:
+        """What _append_documents appends, from a faster matcher; None where there is none."""
+        return None
 
     def _append_documents(
         self, ids: array[int], texts: Sequence[str], all_encoded: Sequence[bytes]
@@ -291,6 +301,31 @@ class TableTokenizer:
         save_vocabulary(
             {id: token for id, token in enumerate(self._table) if id not in no_text}, path
         )
+
+
+class MatchedTokenizer(TableTokenizer):
+    """A table of any strings, which takes a matcher. After COMPILE_AFTER bytes it is our own,
+    compiled by numba where that is installed."""
+
+    def __init__(self, table: Sequence[bytes]) -> None:
+        super().__init__(table)
+        self._bytes_seen = 0
+
+    def _matched(self, all_encoded: Sequence[bytes]) -> np.ndarray | None:
+        self._bytes_seen += sum(map(len, all_encoded))
+        if self._bytes_seen < COMPILE_AFTER or self._compiled is None:
+            return None
+        ids: np.ndarray | None = self._compiled.encode(all_encoded)
+        return ids
+
+    @cached_property
+    def _compiled(self) -> Any:
+        if importlib.util.find_spec("numba") is None:
+            return None
+        from rwkvtune.data.tokenizers.compiled import CompiledMatcher
+
+        no_text = {END_OF_DOCUMENT, *self.unused_ids}
+        return CompiledMatcher(pair for pair in enumerate(self._table) if pair[0] not in no_text)
 
 
 def _begins_character(content: np.ndarray) -> np.ndarray:

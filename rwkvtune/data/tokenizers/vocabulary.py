@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkvtune.data.tokenizers.base import END_OF_DOCUMENT, TableTokenizer
+from rwkvtune.data.tokenizers.base import END_OF_DOCUMENT, MatchedTokenizer
 from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.files import atomic_write
 
@@ -36,7 +36,7 @@ MAX_ID = (1 << 24) - 1  # a table, and a model, has a row for each id up to the 
 _MAX_TOKENS = _MAX_TOKEN_BYTES = 65535  # pyrwkv-tokenizer counts both in 16 bits
 
 
-class VocabularyTokenizer(TableTokenizer):
+class VocabularyTokenizer(MatchedTokenizer):
     """The tokenizer of a vocabulary file.
 
     tokens: id -> bytes, as read_vocabulary gives them.

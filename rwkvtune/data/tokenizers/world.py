@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rwkvtune.data.tokenizers.base import END_OF_DOCUMENT, PIECE_BYTES, TableTokenizer
+from rwkvtune.data.tokenizers.base import END_OF_DOCUMENT, PIECE_BYTES, MatchedTokenizer
 from rwkvtune.data.tokenizers.vocabulary import (
     read_vocabulary,
     rust_encode,
@@ -28,7 +28,7 @@ _ALONE = "\0"
 the ids that they have alone."""
 
 
-class WorldTokenizer(TableTokenizer):
+class WorldTokenizer(MatchedTokenizer):
     """65536 ids: 0 ends a document, 1 to 65529 are tokens, the rest stands for no text and decodes
     to U+FFFD.
 

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkvtune.kernels.calls import apply
 from rwkvtune.kernels.dispatch import fuses_with_triton
+from rwkvtune.kernels.split import token_before
 
 
 def previous_token(z: Tensor, before: Tensor | None, reset: Tensor | None = None) -> Tensor:
@@ -101,6 +102,7 @@ def token_shift_mix(
     Returns S tensors [B, T, C] of z's dtype.
     Source: RWKV-7 "Goose", arXiv:2503.14456, token shift.
     """
+    before = token_before(z[:, -1], before)
     if fuses_with_triton(z, backend=backend) and len(mix) <= 6:
         from . import triton_gpu
 
@@ -128,6 +130,7 @@ def shift_difference(
     z: Tensor, before: Tensor | None = None, reset: Tensor | None = None
 ) -> Tensor:
     """P(z) - z with P, z, before and reset as in `token_shift_mix`; [B, T, C] of z's dtype."""
+    before = token_before(z[:, -1], before)
     return cast(Tensor, apply(_ShiftDifference, z, before, reset))
 
 

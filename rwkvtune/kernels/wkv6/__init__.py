@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -59,14 +60,10 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """What is behind the doors of wkv6 and, with w [H, N], of wkv5."""
     # Imported on the first call, so that importing the package does not load torch.
-    import torch
-
     from ...errors import UserError
     from ..arguments import check_arguments
     from ..dispatch import announce, resolve
-    from .chunked import wkv6_chunked
-    from .reference import wkv6_reference
-    from .stepwise import wkv6_stepwise
+    from ..split import active_group, diagonal_transfer, run_split
 
     check_arguments(kernel, {"r": r, "k": k, "v": v}, state, reset)
     of_channels = r.shape[2:]
@@ -81,17 +78,45 @@ def run(
             )
     choice = resolve(kernel, r.device.type, r.dtype, r.shape[3], backend)
     announce(kernel, choice)
-    if choice.backend == "reference":
+    alone = partial(_run, choice=choice.backend, reset=reset)
+    group = active_group()
+    if group is None:
+        return alone(r, k, v, w, u, state)
+
+    def transfer(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor) -> Tensor:
+        return diagonal_transfer(w.expand(r.shape), reset)
+
+    return run_split(alone, transfer, (r, k, v, w, u), state, group)
+
+
+def _run(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor | None,
+    *,
+    choice: str,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    import torch
+
+    from .chunked import wkv6_chunked
+    from .reference import wkv6_reference
+    from .stepwise import wkv6_stepwise
+
+    if choice == "reference":
         return wkv6_reference(r, k, v, w, u, state, reset=reset)
     needs_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (r, k, v, w, u, state)
     )
     if r.shape[1] <= SHORT_LEN and not needs_grad:
         return wkv6_stepwise(r, k, v, w, u, state, reset=reset)
-    if choice.backend in ("triton_gpu", "triton_gpu_high"):
+    if choice in ("triton_gpu", "triton_gpu_high"):
         from .triton_gpu import wkv6_triton
 
-        precision = "high" if choice.backend == "triton_gpu_high" else "default"
+        precision = "high" if choice == "triton_gpu_high" else "default"
         return wkv6_triton(r, k, v, w, u, state, reset=reset, precision=precision)
-    assert choice.backend == "chunked", choice
+    assert choice == "chunked", choice
     return wkv6_chunked(r, k, v, w, u, state, reset=reset)

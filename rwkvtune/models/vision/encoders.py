@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rwkvtune.errors import UserError
+from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.kernels.calls import without_autocast
 
 KINDS = {
@@ -97,6 +97,7 @@ class Encoder(nn.Module):
 
 def read_processor(path: str) -> dict[str, Any]:
     """The preprocessor_config.json of a local folder or a hub id."""
+    _check_place(path)
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
@@ -152,6 +153,20 @@ def load_encoder(
     return Encoder(model.requires_grad_(False).to(dtype), table, shape, fingerprint)
 
 
+def _check_place(path: str) -> None:
+    """UserError at once for a missing folder that is no name on the hub, which would be asked for
+    it again and again."""
+    folder = Path(path)
+    parts = folder.parts
+    looks_local = (
+        len(parts) > 2 or path[:1] in "./~" or folder.parent != Path() and folder.parent.is_dir()
+    )
+    if not folder.is_dir() and looks_local:
+        raise MissingFileError(
+            f"encoder {path}: there is no such folder, and a name on the hub is OWNER/NAME"
+        )
+
+
 def _vision_config(path: str, kind: str) -> Any:
     from transformers import AutoConfig
 
@@ -184,6 +199,16 @@ def _fingerprint(model: Any, processor: Mapping[str, Any]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
+
+
+def take_weights(encoder: Encoder, weights: Mapping[str, Tensor]) -> None:
+    """Put in weights that were trained together with an adapter; the fingerprint tells them."""
+    encoder.model.load_state_dict(dict(weights))
+    digest = hashlib.sha256(encoder.fingerprint.encode())
+    for _, tensor in sorted(weights.items()):
+        plain = tensor.detach().cpu().float().contiguous().flatten()
+        digest.update(plain.view(torch.uint8).numpy().data)
+    encoder.fingerprint = digest.hexdigest()[:32]
 
 
 @contextmanager
