@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import machine, wkv
-from benchmarks.train_step import Training
 from rwkvtune.errors import UserError
 from rwkvtune.kernels.wkv7.reference import LOG_DECAY_SCALE
 from rwkvtune.models import RWKV7Config
@@ -204,6 +203,8 @@ def compare_recurrence(name: str, folder: Path | None, device: str, tiny: bool) 
 def compare_steps(folder: Path | None, device: str, tiny: bool) -> dict[str, Any]:
     """Whole training steps in bf16 without gradient checkpointing, against train_temp's model with
     its fused kernels."""
+    from benchmarks.train_step import Training  # Fabric, which the recurrences do without
+
     theirs = their_model_class(folder)
     found: dict[str, Any] = {"rows": [], "ratios": {}}
     for n_layer, n_embd, ctx_len, micro_bsz in ((2, 64, 32, 1),) if tiny else STEPS:

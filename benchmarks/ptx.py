@@ -1,10 +1,13 @@
 """The Triton kernels compiled for GPUs that need not be there: registers, spills, shared memory.
 
     python -m benchmarks.ptx [--sm 80 90] [--head_size 64] [--ptx FOLDER] [--out benchmarks/results]
+    python -m benchmarks.ptx --variants [--amd gfx942] [--only fused_shift]
 
 Compiles the recurrences of x070 and x060 and the fused pieces around them as a bf16 training step
 calls them, and prints what each kernel takes on the device. A spill is bytes per thread that did
 not fit into registers. Needs triton, not a GPU: triton brings NVIDIA's assembler along.
+--variants compiles them in every other way that a call can ask for, and writes no file: it shows
+what Triton's interpreter, which takes more than the compiler, cannot.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TYPES = {
     "i32": "T H C V tokens size chunks segments chunks_per_segment",
@@ -33,6 +36,9 @@ TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--sm", type=int, nargs="+", default=[80, 90], help="compute capabilities")
+    parser.add_argument("--amd", nargs="*", default=[], help="AMD architectures, such as gfx942")
+    parser.add_argument("--variants", action="store_true", help="all other ways to call them")
+    parser.add_argument("--only", nargs="+", help="these kernels, such as wkv7_forward")
     parser.add_argument("--head_size", type=int, default=64, choices=[32, 64, 128])
     parser.add_argument("--ptx", type=Path, help="folder to keep the PTX in")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -43,14 +49,23 @@ def main() -> int:
     except ImportError:
         print("benchmarks.ptx: triton is not installed (pip install triton)", file=sys.stderr)
         return 2
+    from triton.backends.compiler import GPUTarget
+
     from benchmarks import machine
 
+    targets = [GPUTarget("cuda", sm, 32) for sm in options.sm]
+    targets += [GPUTarget("hip", architecture, 64) for architecture in options.amd]
+    ways = (variants if options.variants else usual)(options.head_size)
+    if options.only:
+        ways = [way for way in ways if name_of(way.kernel) in options.only]
     rows = []
-    for sm in options.sm:
-        for kernel, constants, warps in kernels(options.head_size):
-            row = compiled(kernel, constants, warps, sm, options.ptx)
+    for target in targets:
+        for way in ways:
+            row = compiled(way, target, options.ptx)
             print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
             rows.append(row)
+    if options.variants or options.only or options.amd:
+        return 0
     result = machine.describe("cpu") | {"kernels": rows, "wkv7_counts": counts(options.head_size)}
     result["versions"]["triton"] = triton.__version__
     print("  ".join(f"{name} {value}" for name, value in result["wkv7_counts"].items()))
@@ -92,8 +107,54 @@ def counts(N: int) -> dict[str, Any]:
     }
 
 
-def kernels(head_size: int) -> list[tuple[Any, dict[str, Any], int]]:
-    """Each kernel with its constants in a bf16 training step, and its warps."""
+class Way(NamedTuple):
+    """A kernel as it is called: its constants, its warps, and what its 16-bit tensors are."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    warps: int = 4
+    variant: str = "usual"
+    inputs: str = "*bf16"
+
+
+def name_of(kernel: Any) -> str:
+    return f"{kernel.__module__.split('.')[-2]}{kernel.__name__}"
+
+
+def variants(head_size: int) -> list[Way]:
+    """Everything that changes one thing about a usual way."""
+    one = dict.fromkeys(("tokens", "T", "H", "segments", "chunks", "chunks_per_segment"), 1)
+    changes: dict[str, dict[str, Any]] = {
+        "reset": {"HAS_RESET": True},
+        "before": {"HAS_BEFORE": True},
+        "state": {"HAS_STATE": True},
+        "identity": {"IDENTITY": True, "WRITE_Y": False, "WRITE_STATES": False},
+        "no state's gradient": {"HAS_FINAL": False, "WRITE_STATES": False},
+        "one decay for all": {"SHARED": True},
+        "high precision": {"PRECISION": "tf32x3"},
+        "ieee": {"PRECISION": "ieee"},
+        "chunk_len 32": {"n": 32},
+        "one share": {"S": 1},
+        "two shares": {"S": 2},
+    }
+    found = []
+    for way in usual(head_size):
+        for label, change in changes.items():
+            # Not a kernel that lacks the constant; and chunks of x060 have one length.
+            has_it = change.keys() <= way.constants.keys()
+            if has_it and not ("n" in change and name_of(way.kernel).startswith("wkv6")):
+                found.append(way._replace(constants=way.constants | change, variant=label))
+        sizes = {name: 1 for name in one if name in way.kernel.arg_names}
+        if sizes:
+            found.append(way._replace(constants=way.constants | sizes, variant="sizes of 1"))
+        found.append(way._replace(variant="fp16", inputs="*fp16"))
+        exact = {"PRECISION": "tf32x3"} if "PRECISION" in way.constants else {}
+        found.append(way._replace(constants=way.constants | exact, variant="fp32", inputs="*fp32"))
+    return found
+
+
+def usual(head_size: int) -> list[Way]:
+    """Each kernel as a bf16 training step calls it."""
     from rwkvtune.kernels import triton_gpu as shared
     from rwkvtune.kernels.fused import triton_gpu as fused
     from rwkvtune.kernels.wkv6 import triton_gpu as wkv6
@@ -110,58 +171,62 @@ def kernels(head_size: int) -> list[tuple[Any, dict[str, Any], int]]:
     shift |= {"TOKENS": fused.TOKENS, "WIDTH": fused.CHANNELS}
     block = {"BLOCK": fused.BLOCK}
     return [
-        (wkv7._invert, chunk | precision, 4),
-        (wkv7._forward, chunk | precision | values | forward, 4),
-        (wkv7._state_gradient, chunk | precision | values | backward, 4),
-        (wkv7._backward, chunk | precision, 8),
-        (wkv6._scores, chunk | one, 4),
-        (wkv6._forward, chunk | precision | values | one | forward, 4),
-        (wkv6._state_gradient, chunk | precision | values | one | backward, 4),
-        (wkv6._backward, chunk | precision | one, 4),
-        (fused._shift, shift, 4),
-        (fused._shift_backward, shift, 4),
-        (fused._keys, head, 4),
-        (fused._keys_backward, head, 4),
-        (fused._bonus_gate, head, 4),
-        (fused._bonus_gate_backward, head, 4),
-        (fused._silu_gate, head, 4),
-        (fused._silu_gate_backward, head, 4),
-        (fused._squared_relu, block, 4),
-        (fused._squared_relu_backward, block, 4),
-        (fused._blend_value, block, 4),
-        (fused._blend_value_backward, block, 4),
-        (fused._softmax_gradient, block, 4),
+        Way(wkv7._invert, chunk | precision),
+        Way(wkv7._forward, chunk | precision | values | forward),
+        Way(wkv7._state_gradient, chunk | precision | values | backward),
+        Way(wkv7._backward, chunk | precision, 8),
+        Way(wkv6._scores, chunk | one),
+        Way(wkv6._forward, chunk | precision | values | one | forward),
+        Way(wkv6._state_gradient, chunk | precision | values | one | backward),
+        Way(wkv6._backward, chunk | precision | one),
+        Way(fused._shift, shift),
+        Way(fused._shift_backward, shift),
+        Way(fused._keys, head),
+        Way(fused._keys_backward, head),
+        Way(fused._bonus_gate, head),
+        Way(fused._bonus_gate_backward, head),
+        Way(fused._silu_gate, head),
+        Way(fused._silu_gate_backward, head),
+        Way(fused._squared_relu, block),
+        Way(fused._squared_relu_backward, block),
+        Way(fused._blend_value, block),
+        Way(fused._blend_value_backward, block),
+        Way(fused._softmax_gradient, block),
     ]
 
 
-def compiled(
-    kernel: Any, constants: dict[str, Any], warps: int, sm: int, keep: Path | None
-) -> dict[str, Any]:
-    """One row: what a kernel takes on a device of this compute capability."""
+def compiled(way: Way, target: Any, keep: Path | None) -> dict[str, Any]:
+    """One row: what a kernel takes on a device of this kind."""
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = kernel.arg_names
-    types = TYPE_OF | dict.fromkeys(constants, "constexpr")
-    signature = {name: types.get(name, "*bf16") for name in names}
+    names = way.kernel.arg_names
+    types = TYPE_OF | dict.fromkeys(way.constants, "constexpr")
+    signature = {name: types.get(name, way.inputs) for name in names}
     source = ASTSource(
-        fn=kernel,
+        fn=way.kernel,
         signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
+        constexprs={(names.index(name),): value for name, value in way.constants.items()},
+        # As a launch finds them: torch's memory begins at multiples of 512 bytes, and widths are
+        # multiples of a head size.
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if signature[name].startswith("*") or (name in "CTHV" and signature[name] == "i32")
+        },
     )
-    binary = triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": warps})
-    name = f"{kernel.__module__.split('.')[-2]}{kernel.__name__}"
-    if keep is not None:
+    binary = triton.compile(source, target=target, options={"num_warps": way.warps})
+    name = name_of(way.kernel)
+    is_nvidia = target.backend == "cuda"
+    if keep is not None and is_nvidia:
         keep.mkdir(parents=True, exist_ok=True)
-        (keep / f"{name}.sm_{sm}.ptx").write_text(binary.asm["ptx"])
-    return {
-        "kernel": name,
-        "sm": sm,
-        "warps": warps,
-        **_usage(binary.asm["cubin"]),
-        "shared_bytes": binary.metadata.shared,
-    }
+        (keep / f"{name}.sm_{target.arch}.ptx").write_text(binary.asm["ptx"])
+    row = {"kernel": name, "sm": target.arch, "warps": way.warps}
+    if way.variant != "usual":
+        row["variant"] = way.variant
+    if is_nvidia:
+        row |= _usage(binary.asm["cubin"])
+    return row | {"shared_bytes": binary.metadata.shared}
 
 
 def _usage(cubin: bytes) -> dict[str, int]:

@@ -230,6 +230,11 @@ def _prepare(
         config.device.kernel,
         config.device.kernel_precision,
     )
+    if config.device.kernel_precision == "high" and not kernel.backend.startswith("triton_gpu"):
+        notes.append(
+            f"kernel_precision='high' does nothing with the kernel {kernel.backend}: its products "
+            "are as exact as fp32 anyway"
+        )
     _check_devices(config, world_size)
     _check_compiler(config, device)
     adapter = config.adapter.settings()
@@ -557,15 +562,15 @@ def _table(config: TrainConfig, job: _Job, memory: PeakMemory) -> list[tuple[str
         ),
         ("memory", f"about {estimate:.2f} GB per device (estimate)"),
         ("kernel", f"{m.kernel} {job.kernel.backend} ({job.kernel.reason})"),
-        ("fused pieces", _fused_in_words(config, job)),
+        ("fused pieces", _fused_in_words(config, job, memory.device_type)),
         ("precision", f"{d.precision}, {torch.get_num_threads()} CPU threads"),
         ("run folder", config.output.proj_dir),
     ]
 
 
-def _fused_in_words(config: TrainConfig, job: _Job) -> str:
+def _fused_in_words(config: TrainConfig, job: _Job, device_type: str) -> str:
     """What runs around the recurrence."""
-    is_triton = job.kernel.backend.startswith("triton_gpu")
+    is_triton = job.kernel.backend.startswith("triton_gpu") and device_type == "cuda"
     words = ["Triton" if is_triton else "PyTorch"]
     if config.device.compile:
         words.append("blocks compiled by torch.compile")

@@ -328,6 +328,14 @@ def test_weights_are_kept_where_a_step_casts_them_several_times(
     assert TrainConfig.from_flat(changes).keeps_working_weights is is_kept
 
 
+def test_a_precision_that_the_kernel_has_anyway_is_told(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(text, tmp_path, init_only=True, kernel_precision="high")
+    said = capsys.readouterr().out
+    assert "kernel_precision='high' does nothing with the kernel chunked" in said
+
+
 def test_compile_on_a_cpu_without_a_compiler_is_refused_before_the_run(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
