@@ -166,9 +166,7 @@ def test_only_the_projector_leaves_an_mm_projector_bin_and_the_rest_as_it_was(
     )
 
 
-def test_accumulated_batches_give_the_step_of_one_large_batch(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_accumulated_batches_give_the_step_of_one_large_batch(folder: Path, tmp_path: Path) -> None:
     for name, batch, steps in (("one", 4, 1), ("four", 1, 4)):
         argv = flags(folder, tmp_path / name, "--max_steps", "1", "--gradient_accumulation_steps")
         argv += [str(steps), "--per_device_train_batch_size", str(batch)]
