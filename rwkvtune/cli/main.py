@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "let a model write, from a prompt or from nothing",
     "inspect": "tell what a weights file or a run folder holds",
     "merge": "write the weights of a base with an adapter in them",
+    "plan": "memory, speed, traffic and days of a run on machines that are not here",
     "report": "draw one or several runs side by side into a picture and an HTML page",
     "sft": "fine-tune a model on conversations (rwkvtune sft --help)",
     "vision": "let a model see pictures: train, ask, score (rwkvtune vision --help)",

@@ -104,11 +104,33 @@ def memory_estimate(
     config: TrainConfig,
     device_type: str,
     *,
+    world_size: int = 1,
     trained: int | None = None,
     frozen_bytes: int = 0,
 ) -> int:
-    """Bytes that training adds to one device: weights, gradients, the optimizer's moments and
-    activations, nothing sharded.
+    """Bytes that training adds to one of world_size devices: the sum of `memory_parts`."""
+    parts = memory_parts(
+        model,
+        config,
+        device_type,
+        world_size=world_size,
+        trained=trained,
+        frozen_bytes=frozen_bytes,
+    )
+    return sum(parts.values())
+
+
+def memory_parts(
+    model: ModelConfig,
+    config: TrainConfig,
+    device_type: str,
+    *,
+    world_size: int = 1,
+    trained: int | None = None,
+    frozen_bytes: int = 0,
+) -> dict[str, int]:
+    """Bytes that training adds to one device, by what they are for: weights, gradients, moments
+    (the optimizer's), gathered (what a sharded model holds whole for a while), activations, head.
 
     trained: numbers that are; None = the whole model.  frozen_bytes: of all other weights.
 
@@ -128,13 +150,40 @@ def memory_estimate(
     head = min(rows, tokens) * model.vocab_size * size + model.vocab_size * C * 4
     o = config.optimizer
     trained = model.num_parameters if trained is None else trained
-    weights = frozen_bytes + trained * (4 + 4 * (not o.fused_backward) + MOMENTS[o.optimizer])
+    weights, gradients = frozen_bytes + trained * 4, trained * 4 * (not o.fused_backward)
+    moments, gathered = trained * MOMENTS[o.optimizer], 0
+    is_sharded = world_size > 1 and config.device.strategy not in ("auto", "ddp")
+    if is_sharded:
+        outside = 2 * model.vocab_size * C  # embedding and head stay whole while a step runs
+        block = (model.num_parameters - outside) // model.n_layer
+        whole = outside + block * (
+            model.n_layer if config.device.strategy.startswith("deepspeed_stage_1") else 2
+        )
+        # Gradients of the part that stays whole are whole too until they are added up, and all are
+        # from one micro-batch to the next.
+        is_accumulated = config.schedule.accumulate_grad_batches > 1
+        gathered = whole * 4 + (0 if is_accumulated else (outside + block) * 4)
+        if device_type == "cpu":
+            # Its heap keeps the whole model that each process begins with, and the buffers in which
+            # pieces arrive: within 6 % of three runs of L6 D512 on 2 and 4 processes.
+            gathered = 2 * gathered + 4 * model.num_parameters
+        weights, moments = weights // world_size, moments // world_size
+        gradients = (
+            gradients + gradients // world_size if is_accumulated else (gradients // world_size)
+        )
     if config.keeps_working_weights and config.device.grad_cp:
         weights += size * trained  # without grad_cp the backward pass keeps them anyway
     activations = activation_bytes(
         model, tokens, is_half=is_half, grad_cp=config.device.grad_cp, on_cpu=device_type == "cpu"
     )
-    return int(weights + head + activations)
+    return {
+        "weights": weights,
+        "gradients": gradients,
+        "moments": moments,
+        "gathered": gathered,
+        "activations": int(activations),
+        "head": head,
+    }
 
 
 def activation_bytes(

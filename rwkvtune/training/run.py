@@ -638,7 +638,12 @@ def _memory_estimate(config: TrainConfig, job: _Job, memory: PeakMemory) -> int:
         trained = sum(prod(shapes[name]) for name in job.trained)
         frozen_bytes = 4 * (m.num_parameters - trained)
     added = memory_estimate(
-        m, config, memory.device_type, trained=trained, frozen_bytes=frozen_bytes
+        m,
+        config,
+        memory.device_type,
+        world_size=job.plan.world_size * job.plan.context_parallel,
+        trained=trained,
+        frozen_bytes=frozen_bytes,
     )
     return memory.before + added
 

@@ -183,6 +183,23 @@ def _with_adapter(
     return start
 
 
+def model_config_of(flags: ModelOptions) -> ModelConfig:
+    """The model that the flags describe, without reading its weights: of a preset, of a file's
+    header, or fresh."""
+    preset = preset_of(flags)
+    if preset is not None:
+        return preset.dimensions
+    if not flags.load_model:
+        return _fresh_config(flags, None)
+    header = read_header(flags.load_model)
+    if header is None:
+        raise UserError(
+            f"{flags.load_model} does not tell its dimensions without being read whole: give them "
+            "by flags, and leave load_model out"
+        )
+    return config_from_shapes({name: info.shape for name, info in header.tensors.items()})
+
+
 def preset_of(flags: ModelOptions) -> Preset | None:
     """The preset that the flags name; UserError when there is none or other flags contradict it."""
     if not flags.model_config:
