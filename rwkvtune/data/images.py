@@ -6,8 +6,10 @@ No torchvision: PIL resizes, and the numbers are those of the Hugging Face image
 from __future__ import annotations
 
 import os
+import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
 ARCHIVE = "images.zip"
 SUBFOLDERS = ("", "images", "data")
 """Where a picture is looked for, in this order; then in ARCHIVE."""
+
+
+# What zipfile raises on damaged archives has no common type.
+_DAMAGED = (
+    zipfile.BadZipFile, RuntimeError, OSError, EOFError, UnicodeError, struct.error, zlib.error,
+)  # fmt: skip
 
 
 class PictureError(UserError):
@@ -65,7 +73,9 @@ class PictureStore:
         try:
             with self._archive.open(place) as file:
                 return read_picture(file, name)
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError) as error:
+        except PictureError:
+            raise
+        except _DAMAGED as error:
             raise PictureError(f"{name}: cannot be read from {ARCHIVE} ({error})") from error
 
     def where_it_looks(self) -> str:
@@ -79,7 +89,7 @@ class PictureStore:
             return None
         try:
             return zipfile.ZipFile(path)  # its entries may be read by several threads at once
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        except (*_DAMAGED, ValueError) as error:
             raise UserError(f"{path} is no whole zip archive ({error}): load it again") from error
 
     @cached_property

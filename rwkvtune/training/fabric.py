@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -167,6 +168,8 @@ def _shard_blocks(
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
+    # A block hands on its input's value as it is, and nothing changes it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     options: dict[str, Any] = {"mesh": device_mesh["data_parallel"]}
     if keep_gathered:
         options["reshard_after_forward"] = False

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
@@ -78,17 +79,23 @@ def start(
     output: Path,
     blow: Blow | None = None,
     environment: Mapping[str, str] | None = None,
+    rows: Path | None = None,
 ) -> Running:
-    """`rwkvtune ARGS...` in a new process; stdout and stderr go to a file."""
+    """`rwkvtune ARGS...` in a new process; stdout and stderr go to a file.
+
+    rows: a prefix of files that get a line for each window that is trained on; see trained_rows.
+    """
     # A daemon: ended with the tests, should one of them fail before it has.
-    live = (list(args), str(output), blow, environment)
+    live = (list(args), str(output), blow, environment, rows)
     process = _SERVER.Process(target=_live, args=live, daemon=True)
     process.start()
     return Running(process, output)
 
 
-def run(args: Sequence[str], output: Path, blow: Blow | None = None) -> Ended:
-    return start(args, output, blow).wait()
+def run(
+    args: Sequence[str], output: Path, blow: Blow | None = None, rows: Path | None = None
+) -> Ended:
+    return start(args, output, blow, rows=rows).wait()
 
 
 def start_ranks(
@@ -97,10 +104,12 @@ def start_ranks(
     world_size: int,
     last_rank: Sequence[str] = (),
     blows: Mapping[int, Blow] | None = None,
+    rows: Path | None = None,
 ) -> list[Running]:
     """The processes of a distributed run, as torchrun starts them; each has a file in `outputs`.
 
     last_rank: flags that only the last one gets.  blows: by rank.
+    rows: as in `start`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -119,12 +128,16 @@ def start_ranks(
         }
         own = [*args, *last_rank] if rank == world_size - 1 else args
         blow = (blows or {}).get(rank)
-        running.append(start(own, outputs / f"rank-{rank}", blow, environment))
+        running.append(start(own, outputs / f"rank-{rank}", blow, environment, rows))
     return running
 
 
 def _live(
-    args: list[str], output: str, blow: Blow | None, environment: Mapping[str, str] | None
+    args: list[str],
+    output: str,
+    blow: Blow | None,
+    environment: Mapping[str, str] | None,
+    rows: Path | None,
 ) -> None:
     os.environ.update(environment or {})
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -141,9 +154,32 @@ def _live(
                     os.kill(os.getpid(), blow.signal)
 
         sys.addaudithook(strike)
+    if rows is not None:
+        _note_rows(rows)
     from rwkvtune.cli.main import main
 
     sys.exit(main(args))
+
+
+def _note_rows(prefix: Path) -> None:
+    """Let every language-model batch that is trained on leave the digests of its rows."""
+    from rwkvtune.training.lm import LanguageModelRecipe
+
+    loss = LanguageModelRecipe.loss
+
+    def noting(recipe: Any, model: Any, batch: Any, carry: Any) -> Any:
+        with open(f"{prefix}-{os.getpid()}", "a") as file:
+            for row in batch.input_ids.numpy():
+                file.write(hashlib.sha256(row.tobytes()).hexdigest() + "\n")
+        return loss(recipe, model, batch, carry)
+
+    LanguageModelRecipe.loss = noting  # type: ignore[method-assign]
+
+
+def trained_rows(prefix: Path) -> Counter[str]:
+    """How often each window was trained on, over all processes that were started with `prefix`."""
+    files = prefix.parent.glob(f"{prefix.name}-*")
+    return Counter(line for path in files for line in path.read_text().splitlines())
 
 
 def flags(settings: Mapping[str, object]) -> list[str]:

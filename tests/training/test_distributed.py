@@ -17,6 +17,7 @@ from tests.training.runs import (
     metrics,
     run,
     start_ranks,
+    trained_rows,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ def args(text: Path, folder: Path, **changes: object) -> list[str]:
 def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run in one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    ended = run(args(text, folder, **ALONE), folder.parent / "out")
+    ended = run(args(text, folder, **ALONE), folder.parent / "out", rows=folder.parent / "rows")
     assert ended.code == 0, ended.output
     return folder
 
@@ -75,12 +76,12 @@ def test_ddp_launched_by_the_command_itself_equals_one_process(
     assert_same_numbers(folder, alone)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_1", "deepspeed_stage_2"])
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_1", "deepspeed_stage_2_offload"])
 def test_under_torchrun_a_stop_asked_of_one_rank_stops_all_and_one_process_goes_on(
     strategy: str, alone: Path, text: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run"
-    ranks = start_ranks(args(text, folder, strategy=strategy), tmp_path, 2)
+    folder, rows = tmp_path / "run", tmp_path / "rows"
+    ranks = start_ranks(args(text, folder, strategy=strategy), tmp_path, 2, rows=rows)
     ranks[0].wait_until(lambda: (folder / "metrics.csv").exists() and len(metrics(folder)) > 2)
     ranks[1].send(signal.SIGTERM)
     ended = [rank.wait() for rank in ranks]
@@ -89,12 +90,15 @@ def test_under_torchrun_a_stop_asked_of_one_rank_stops_all_and_one_process_goes_
     assert 2 < steps < 20
     ended = [
         rank.wait()
-        for rank in start_ranks(args(text, folder, strategy=strategy, epoch_count=1), tmp_path, 2)
+        for rank in start_ranks(
+            args(text, folder, strategy=strategy, epoch_count=1), tmp_path, 2, rows=rows
+        )
     ]
     assert [e.code for e in ended] == [0, 0], ended
-    done = run(args(text, folder, **ALONE), tmp_path / "out")
+    done = run(args(text, folder, **ALONE), tmp_path / "out", rows=rows)
     assert done.code == 0, done.output
     assert_same_numbers(folder, alone)
+    assert trained_rows(rows) == trained_rows(alone.parent / "rows"), "none lost, none twice"
 
 
 def test_a_loss_that_is_not_finite_ends_all_ranks_with_one_message_and_a_good_state(
