@@ -138,6 +138,11 @@ def newest_weights(folder: Path) -> Path:
             f"{folder} is a Hugging Face folder; `rwkvtune export {folder} NAME.pth --to pth` may "
             "turn it into weights"
         )
+    if any(folder.glob("adapter-*.safetensors")):
+        raise MissingFileError(
+            f"{folder} holds a vision adapter: ask it by `rwkvtune vision generate {folder} "
+            "--image FILE --prompt TEXT`"
+        )
     if any(folder.glob("adapter-*")):
         raise MissingFileError(
             f"{folder} holds an adapter, which needs its base: rwkvtune merge BASE {folder} "

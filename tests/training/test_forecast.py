@@ -39,9 +39,9 @@ def test_a_ring_sends_what_the_textbook_says() -> None:
 def test_what_a_strategy_shards_is_divided_by_the_devices() -> None:
     ddp, stage_1, fsdp = forecast(MODEL, config(), count=4, kind="cuda")
     assert [f.strategy for f in (ddp, stage_1, fsdp)] == ["ddp", "deepspeed_stage_1", "fsdp"]
-    for part, whole in (("weights", 4 * P), ("gradients", 4 * P), ("moments", 8 * P)):
-        assert ddp.memory[part] == whole
-        assert stage_1.memory[part] == fsdp.memory[part] == whole // 4
+    for part, size in (("weights", 4 * P), ("gradients", 4 * P), ("moments", 8 * P)):
+        assert ddp.memory[part] == size
+        assert stage_1.memory[part] == fsdp.memory[part] == size // 4
     assert ddp.memory["gathered"] == 0 < fsdp.memory["gathered"] <= stage_1.memory["gathered"]
     halves = memory_parts(MODEL, config(context_parallel=2), "cuda", world_size=2)
     whole = memory_parts(MODEL, config(), "cuda", world_size=2)

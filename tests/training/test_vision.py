@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rwkvtune.checkpoint import load_weights, newest_resume_state, save_weights
+from rwkvtune.cli.main import guarded
 from rwkvtune.demo.vision_fixture import DATA, MODEL
 from rwkvtune.errors import UserError
 from rwkvtune.inference.vision import find_adapter, load_vision, read_adapter
@@ -434,3 +435,11 @@ def test_cached_features_train_the_same_adapter(
         train(tmp_path / "other", feature_cache=cache, precision="bf16")
     with pytest.raises(UserError, match="more than cache_limit_gb=1e-06"):
         train(tmp_path / "small", feature_cache=str(tmp_path / "c"), cache_limit_gb=1e-6)
+
+
+def test_generate_points_from_a_vision_run_to_the_command_that_asks_it(
+    stage_1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(stage_1 / "adapter-final.safetensors", tmp_path)
+    assert guarded("generate", [str(tmp_path), "--prompt", "x"]) == 2
+    assert f"rwkvtune vision generate {tmp_path}" in capsys.readouterr().err
