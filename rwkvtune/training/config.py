@@ -244,7 +244,8 @@ class DeviceOptions:
     as fp32, slower. On CPU they are fp32 anyway."""
     working_weights: Literal["auto", "kept", "cast"] = "auto"
     """Matrices in bf16 or fp16: kept = written once per step; cast = made in each micro-batch and
-    freed after it, with the same results; auto = kept where a step has several micro-batches."""
+    freed after it, with the same results; auto = kept where a step has several micro-batches, but
+    not with grad_cp."""
     compile: bool = False
     """torch.compile each block: a slow first step, minutes on a CPU, for faster ones after it."""
     threads: int = 0
@@ -448,7 +449,8 @@ class TrainConfig:
         if d.precision not in ("bf16", "fp16") or self.adapter.peft != "none":
             return False
         several = s.accumulate_grad_batches > 1 or 0 < s.chunk_len < self.data.ctx_len
-        return d.working_weights == "kept" or (d.working_weights == "auto" and several)
+        pays = several and not d.grad_cp  # which gives time for memory
+        return d.working_weights == "kept" or (d.working_weights == "auto" and pays)
 
     def without_effect(self) -> list[str]:
         """A line for each setting that was changed although the others give it nothing to do."""

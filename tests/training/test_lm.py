@@ -316,6 +316,7 @@ def test_weights_kept_in_bf16_give_the_bits_of_weights_cast_in_each_micro_batch(
     [
         ({"accumulate_grad_batches": 2}, True),
         ({"chunk_len": 256}, True),
+        ({"accumulate_grad_batches": 2, "grad_cp": True}, False),
         ({}, False),
         ({"working_weights": "kept"}, True),
         ({"working_weights": "cast", "accumulate_grad_batches": 2}, False),
