@@ -173,7 +173,7 @@ def _note_rows(prefix: Path) -> None:
                 file.write(hashlib.sha256(row.tobytes()).hexdigest() + "\n")
         return loss(recipe, model, batch, carry)
 
-    LanguageModelRecipe.loss = noting  # type: ignore[method-assign]
+    LanguageModelRecipe.loss = noting  # type: ignore[method-assign, assignment]
 
 
 def trained_rows(prefix: Path) -> Counter[str]:
