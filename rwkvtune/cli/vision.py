@@ -185,7 +185,7 @@ def generate(argv: list[str]) -> int:
     add("--seed", type=int, metavar="N", help="the same seed gives the same answer again")
     args = parser.parse_args(argv)
     from rwkvtune.cli import output
-    from rwkvtune.data.images import PictureStore
+    from rwkvtune.data.images import read_picture
     from rwkvtune.inference.generate import stream_text
     from rwkvtune.inference.settings import check_settings
     from rwkvtune.inference.vision import VisionChat
@@ -193,8 +193,7 @@ def generate(argv: list[str]) -> int:
     check_settings(
         args.temperature, 0, args.top_p, 0.0, 0.0, max_tokens=args.max_tokens, seed=args.seed
     )
-    store = PictureStore(Path())
-    pictures = [store.open(name) for name in args.image]
+    pictures = [read_picture(name, name) for name in args.image]
     system = _load(args)
     chat = VisionChat(system)
     for number, question in enumerate(args.prompt or _lines_of_stdin()):

@@ -346,6 +346,7 @@ def second_run(bench: Bench, times: int) -> Row:
         folder = bench.new()
         first = start(bench.args(folder), bench.folder / "first")
         first.wait_until(bench.has_logged(folder, 1), PATIENCE_S)
+        first.send(signal.SIGSTOP)  # or it could end before the second has started
         second = run(bench.args(folder), bench.folder / "out")
         refused = second.code == 2 and "using" in second.output
         first.send(signal.SIGKILL)

@@ -283,10 +283,12 @@ def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(
     args = ["train", *flags(SETTINGS | {"data_file": text, "proj_dir": folder, "epoch_count": 50})]
     first = start(args, tmp_path / "first")
     first.wait_until((folder / "rwkv-0.pth").exists)
+    first.send(signal.SIGSTOP)  # or it could end before the second has started
     second = train(text, folder, epoch_count=50)
     assert second.code == 2, second.output
     assert f"pid {first.process.pid}" in second.output and second.output.count("\n") == 1
-    first.send(15)
+    first.send(signal.SIGTERM)
+    first.send(signal.SIGCONT)
     assert first.wait().code == 143
     assert train(text, folder, epoch_count=4).code == 0
 
