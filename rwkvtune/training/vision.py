@@ -316,7 +316,7 @@ def _build_model(
     if job.start is not None:
         adapter.load_state_dict(job.start.weights)
     llm = build_model(job.llm, initial_values=False)
-    fill_model(llm, job.llm_weights, config.load_model)
+    fill_model(llm, job.llm_weights, config.load_model, copy=config.quant == "none")
     llm.grad_cp, llm.backend = config.grad_cp, config.kernel
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     peft, words = None, "in full precision"
