@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rwkvtune.cli.train import OneLineParser, with_plain_booleans
 from rwkvtune.errors import MissingFileError, UserError
+from rwkvtune.models.alternating.variants import read_config, variant_of_config
 from rwkvtune.training.alternating_config import AlternatingSettings
 from rwkvtune.training.config import option_groups
 
@@ -85,17 +86,29 @@ class _Run:
             self._check_data_path()
             if not (task.inspect_data or self.settings.trainer.output_dir):
                 raise UserError("--output_dir is missing: name the folder for the trained model")
+        folder = Path(self._name())
+        if task.dry_run and folder.is_dir():
+            # Without torch and transformers, whose imports take seconds.
+            raw = read_config(folder)
+            self._detected(raw.get("model_type"), variant_of_config(raw))
+            return self._end_of_dry_run()
         checkpoint = self._open()
-        self.say(f"Detected model_type: {checkpoint.model_type}")
-        self.result |= {"model_type": checkpoint.model_type, "variant": checkpoint.variant}
+        self._detected(checkpoint.model_type, checkpoint.variant)
         if task.dry_run:
-            self.say("dry run: nothing was loaded")
-            return self.done()
+            return self._end_of_dry_run()
         if not self._is_variant(checkpoint):
             return self.done(MISMATCH)
         if task.inspect_data:
             return self._inspect_data(checkpoint)
         return self._with_model(checkpoint)
+
+    def _detected(self, model_type: str | None, variant: str | None) -> None:
+        self.say(f"Detected model_type: {model_type}")
+        self.result |= {"model_type": model_type, "variant": variant}
+
+    def _end_of_dry_run(self) -> int:
+        self.say("dry run: nothing was loaded")
+        return self.done()
 
     def _check_data_path(self) -> None:
         path = self.settings.data.data_path
@@ -107,12 +120,17 @@ class _Run:
     def _open(self) -> Checkpoint:
         from rwkvtune.inference.alternating import Checkpoint  # torch and transformers: seconds
 
+        task = self.settings.task
+        return Checkpoint.open(
+            self._name(), allow_download=task.allow_download, config_only=task.dry_run
+        )
+
+    def _name(self) -> str:
+        """Of the checkpoint that is looked at."""
         model = self.settings.model
         if self.from_backbone:
-            name = model.backbone_model
-        else:
-            name = model.alt_checkpoint or model.model_name_or_path or model.backbone_model
-        return Checkpoint.open(name, allow_download=self.settings.task.allow_download)
+            return model.backbone_model
+        return model.alt_checkpoint or model.model_name_or_path or model.backbone_model
 
     @property
     def from_backbone(self) -> bool:
@@ -211,12 +229,16 @@ class _Run:
             variant: Any = task.force_class or task.variant
             variant = "alternating" if variant == "auto" else variant
             if settings.model.model_name_or_path:
-                target = Checkpoint.open(settings.model.model_name_or_path)
+                target = Checkpoint.open(
+                    settings.model.model_name_or_path, allow_download=task.allow_download
+                )
                 self.say(f"all but the language model is from {target.folder}")
                 model, report = into_checkpoint(target, checkpoint, variant, **common)
                 notes = [f"copied {len(report.matched)} params from backbone into {variant} model"]
             else:
-                model, report, notes = from_backbone(checkpoint, variant, **common)
+                model, report, notes = from_backbone(
+                    checkpoint, variant, allow_download=task.allow_download, **common
+                )
             for note in notes:
                 self.say(note)
             naming = "llava"
@@ -278,6 +300,7 @@ class _Run:
                 self.say(f"  {name}")
 
     def _dry_run_step(self, model: Any, tokenizer: Any, report: LoadReport) -> int:
+        from rwkvtune.inference.alternating import variant_of_model
         from rwkvtune.training import alternating
 
         settings = self.settings
@@ -285,7 +308,8 @@ class _Run:
         self.result |= {
             "class": f"{kind.__module__}.{kind.__qualname__}",
             "decoder_class": type(decoder).__qualname__,
-            "model_type": model.config.model_type,
+            "variant": variant_of_model(model),
+            "built_model_type": model.config.model_type,
             "schedule": alternating.schedule_in_words(model),
             "parameters": sum(p.numel() for p in model.parameters()),
             "missing": report.missing,
@@ -293,7 +317,7 @@ class _Run:
         }
         self.say(f"class: {self.result['class']}")
         self.say(f"decoder: {self.result['decoder_class']}, schedule {self.result['schedule']}")
-        self.say(f"model_type: {model.config.model_type}")
+        self.say(f"variant: {self.result['variant']}, model_type: {model.config.model_type}")
         self.say(
             f"parameters: {self.result['parameters']:,}; tensors missing: {len(report.missing)}, "
             f"unexpected: {len(report.unexpected)}"

@@ -255,6 +255,29 @@ def test_a_backbone_of_other_dimensions_or_another_family_says_what_differs(
     assert "llama is a llama model" in capsys.readouterr().err.replace(f"{tmp_path}/", "")
 
 
+def test_a_dry_run_reads_the_configuration_alone_and_imports_no_torch(folder: Path) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from rwkvtune.cli.alternating_train import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    name = folder / "path_or_repo_with_alternating_cross_attn"
+    words = [
+        "--model_name_or_path",
+        str(name),
+        "--data_path",
+        "/no/such.json",
+        "--dry_run",
+        "--json",
+    ]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert json.loads(done.stdout) == {
+        "model_type": "llava_qwen_with_alternating_cross_attn",
+        "variant": "alternating_cross",
+        "exit_code": 0,
+    }
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         guarded("alternating_train", ["-h"])

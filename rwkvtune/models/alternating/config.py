@@ -25,9 +25,9 @@ from rwkvtune.models.alternating.masks import (
     RULES,
     Rule,
     TextOnly,
-    Variant,
     special_layers,
 )
+from rwkvtune.models.alternating.variants import Variant
 
 
 class MaskSettings:
@@ -95,16 +95,6 @@ COMPOSED_CONFIGS: dict[Variant, type[LlavaOnevisionConfig]] = {
     "alternating_cross": LlavaOnevisionWithAlternatingCrossAttnConfig,
     "base": LlavaOnevisionConfig,
 }
-
-
-def variant_of(model_type: str | None) -> Variant | None:
-    """The variant that a model_type stands for; None for one that is not known."""
-    if not model_type:
-        return None
-    name = model_type.lower()
-    if "alternating_cross" in name:
-        return "alternating_cross"
-    return "alternating" if "alternating_attn" in name else "base"
 
 
 def decoder_config(source: PretrainedConfig, variant: Variant, **settings: Any) -> Qwen2Config:
