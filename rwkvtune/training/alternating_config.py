@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-Variant = Literal["alternating", "alternating_cross", "base"]
+from rwkvtune.models.alternating.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -316,6 +317,12 @@ class AlternatingSettings:
         return [f"{name}={now[name]!r} does nothing: {reason}" for name, reason in reasons.items()]
 
     @property
+    def fixed_in_a_run(self) -> dict[str, Any]:
+        """What a run that goes on has to be told again; folders and files by their last names."""
+        values = {n: v for n, v in self.to_flat().items() if n not in _MAY_CHANGE_AT_RESUME}
+        return values | {name: Path(values[name]).name for name in _PATHS}
+
+    @property
     def groupings(self) -> list[str]:
         names = ("length", "modality_length", "modality_length_auto", "varlen")
         return [name for name in names if getattr(self.trainer, f"group_by_{name}")]
@@ -342,6 +349,19 @@ class AlternatingSettings:
 
 TUNABLE_PARTS = ("mm_mlp_adapter", "mm_vision_resampler", "mm_vision_tower", "mm_language_model")
 
+_PATHS = (
+    *("model_name_or_path", "alt_checkpoint", "backbone_model", "vision_tower"),
+    *("pretrain_mm_mlp_adapter", "lora_weight_path", "data_path", "image_folder", "video_folder"),
+)
+_MAY_CHANGE_AT_RESUME = frozenset(
+    {
+        *(f.name for f in dataclasses.fields(TaskOptions)),
+        *("output_dir", "do_train", "num_train_epochs", "max_steps", "save_naming", "use_cpu"),
+        *("logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to"),
+        *("run_name", "dataloader_num_workers", "gradient_checkpointing", "torch_compile"),
+        *("attn_implementation", "deepspeed", "ddp_find_unused_parameters", "tf32"),
+    }
+)
 _AT_LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("logging_steps", "save_steps", "save_total_limit", "lora_r"), 1),

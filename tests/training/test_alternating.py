@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from rwkvtune.training.alternating import (
     checkpoints,
     choose_trainable,
     parameter_groups,
+    prepare,
     processor_of,
     synthetic_batch,
 )
@@ -193,6 +195,35 @@ def test_a_second_run_in_the_same_folder_is_kept_out(
     with RunFolderLock(tmp_path):
         assert guarded("alternating_train", flags(folder, tmp_path)) == 2
     assert "another run" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_run_is_refused_and_one_that_is_done_says_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--max_steps", "2", "--logging_steps", "1"]
+    assert guarded("alternating_train", flags(folder, tmp_path, *short)) == 0
+    out = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"^step \d/2  loss (\S+)", out, re.MULTILINE)]
+    mean = re.search(r"^2 steps done, mean loss (\S+)$", out, re.MULTILINE)
+    assert len(losses) == 2 and mean
+    assert float(mean[1]) == pytest.approx(sum(losses) / 2, abs=1e-4)
+    before = weights(tmp_path)
+    assert guarded("alternating_train", flags(folder, tmp_path, *short)) == 0
+    out = capsys.readouterr().out
+    assert "all 2 steps were done before" in out and mean[0] in out
+    words = flags(folder, tmp_path, *short, "--seed", "7")
+    cross = [word.replace("alternating_attn", "alternating_cross_attn") for word in words]
+    assert guarded("alternating_train", cross) == 2
+    error = capsys.readouterr().err
+    assert "seed: 42 -> 7" in error and "-> 'LlavaQwenWithAlternatingCrossAttnModel'" in error
+    after = weights(tmp_path)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_fp16_without_a_gpu_is_refused() -> None:
+    settings = AlternatingSettings.from_flat({"fp16": True, "use_cpu": True})
+    with pytest.raises(UserError, match="fp16"):
+        prepare(golden_model("base"), settings)
 
 
 def test_settings_without_effect_are_told_and_wrong_ones_listed_together() -> None:
