@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,10 +72,12 @@ class _Run:
         self.result: dict[str, Any] = {}
 
     def say(self, text: str) -> None:
+        if os.environ.get("RANK", "0") != "0":  # torchrun's other processes would say it again
+            return
         print(text, file=sys.stderr if self.settings.task.json else sys.stdout, flush=True)
 
     def done(self, code: int = 0) -> int:
-        if self.settings.task.json:
+        if self.settings.task.json and os.environ.get("RANK", "0") == "0":
             print(json.dumps({**self.result, "exit_code": code}, default=str))
         return code
 
@@ -232,9 +235,7 @@ class _Run:
                 target = Checkpoint.open(
                     settings.model.model_name_or_path, allow_download=task.allow_download
                 )
-                self.say(f"all but the language model is from {target.folder}")
-                model, report = into_checkpoint(target, checkpoint, variant, **common)
-                notes = [f"copied {len(report.matched)} params from backbone into {variant} model"]
+                model, report, notes = into_checkpoint(target, checkpoint, variant, **common)
             else:
                 model, report, notes = from_backbone(
                     checkpoint, variant, allow_download=task.allow_download, **common

@@ -326,12 +326,19 @@ def from_backbone(
 
 def into_checkpoint(
     target: Checkpoint, backbone: Checkpoint, variant: Variant, **options: Any
-) -> tuple[Any, LoadReport]:
+) -> tuple[Any, LoadReport, list[str]]:
     """A `variant` model of the checkpoint `target`, its language model replaced by a backbone's
-    where name and shape agree. options: as `load`."""
+    where name and shape agree; (model, report, what was chosen). options: as `load`."""
     backbone.check_family()
-    model, _ = load(target, variant=variant, **options)
-    return model, fill(model, backbone, only_lm=True)
+    model, first = load(target, variant=variant, **options)
+    report = fill(model, backbone, only_lm=True)
+    notes = [
+        f"all but the language model is from {target.folder}",
+        f"copied {len(report.matched)} params from backbone into {variant} model",
+    ]
+    report.matched += [name for name in first.matched if group_of(name) != "lm"]
+    _note_missing(model, _places(model), report)
+    return model, report, notes
 
 
 DIMENSIONS = (

@@ -206,6 +206,8 @@ def test_a_step_that_is_not_finite_ends_with_4(
         ("--model_name_or_path M --dry_rum", "unknown settings: dry_rum (did you mean dry_run?)"),
         ("--model_name_or_path M --variant cross", "variant=cross must be one of auto"),
         ("--model_name_or_path M --dry_run --bits 4", "bits=4"),
+        ("--model_name_or_path M --dry_run_step --mm_patch_merge_type x", "merge_type=x is not"),
+        ("--model_name_or_path M --dry_run_step --image_grid_pinpoints x", "pinpoints is 'x'"),
         ("--model_name_or_path M --attn_implementation flash_attention_2", "cannot follow"),
         ("--model_name_or_path M --dry_run --bf16 --fp16", "two precisions"),
         ("--model_name_or_path M --dry_run --mm_tunable_parts lm", "choose from mm_mlp_adapter"),
@@ -247,6 +249,10 @@ def test_a_backbone_of_other_dimensions_or_another_family_says_what_differs(
     assert "shape-mismatched (not copied), " in capsys.readouterr().out
     same = flags.replace(f"{tmp_path}/small", "qwen2-base-or-local")
     assert run(f"{same} --dry_run_step", here) == 0
+    assert "copied 74 params from backbone into alternating model" in capsys.readouterr().out
+    parts = json_of(f"{same} --inspect_weights", here, capsys)["tensors"]
+    found = {part: (counts["matched"], counts["missing"]) for part, counts in parts.items()}
+    assert found == {"lm": (74, 0), "newline": (1, 0), "projector": (4, 0), "vision": (37, 0)}
 
     llama: Any = LlamaConfig(**sizes)  # type: ignore[arg-type]
     LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")

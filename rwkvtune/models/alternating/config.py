@@ -179,10 +179,13 @@ def pinpoints(value: str | list[Any], view_size: int) -> list[list[int]]:
         if cells:
             return [[h * view_size, w * view_size] for w, h in cells]
         try:
-            value = ast.literal_eval(value)
+            given = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            value = []
-    points = [list(point) for point in value] if isinstance(value, list | tuple) else []
+            given = None
+    else:
+        given = value
+    is_list = isinstance(given, list | tuple) and all(isinstance(p, list | tuple) for p in given)
+    points = [list(point) for point in given] if is_list else []
     if not points or any(len(p) != 2 or not all(isinstance(n, int) for n in p) for p in points):
         raise UserError(
             f"image_grid_pinpoints is {value!r}: expected (1x1),...,(6x6) or [[width, height], ...]"
