@@ -490,6 +490,7 @@ def _training_arguments(settings: AlternatingSettings) -> TrainingArguments:
         "deepspeed": t.deepspeed or None,
         "ddp_find_unused_parameters": t.ddp_find_unused_parameters,
         "torch_compile": t.torch_compile,
+        "torch_compile_backend": t.torch_compile_backend or None,
         "use_cpu": t.use_cpu or not torch.cuda.is_available(),
         "remove_unused_columns": False,
         "disable_tqdm": True,

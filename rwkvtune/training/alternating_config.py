@@ -96,6 +96,8 @@ class ModelOptions:
     """Put <im_start> and <im_end> around each image."""
     mm_use_im_patch_token: bool = True
     """Accepted; no patch token is ever used."""
+    delay_load: bool = True
+    """Accepted; the vision tower is loaded with the rest."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,14 @@ class TrainerOptions:
     """For torch's data parallel."""
     torch_compile: bool = False
     """Compile the model first."""
+    torch_compile_backend: str = ""
+    """By which backend; empty = torch's own choice."""
+    eval_strategy: Literal["no"] = "no"
+    """Accepted; `rwkvtune alternating eval` asks a trained model."""
+    evaluation_strategy: Literal["no"] = "no"
+    """The older name of eval_strategy."""
+    per_device_eval_batch_size: int = 8
+    """Accepted; nothing is evaluated during training."""
     remove_unused_columns: bool = False
     """Accepted; samples are never stripped."""
     use_cpu: bool = False
@@ -314,7 +324,10 @@ class AlternatingSettings:
             reasons["model_name_or_path"] = "alt_checkpoint is preferred"
         if self.model.alt_checkpoint and self.task.init_from_backbone:
             reasons["init_from_backbone"] = "alt_checkpoint already is an alternating model"
-        return [f"{name}={now[name]!r} does nothing: {reason}" for name, reason in reasons.items()]
+        lines = [f"{name}={now[name]!r} does nothing: {why}" for name, why in reasons.items()]
+        if "mm_vision_resampler" in self.tune.mm_tunable_parts.split(","):
+            lines.append("mm_tunable_parts: mm_vision_resampler is no part of these models")
+        return lines
 
     @property
     def fixed_in_a_run(self) -> dict[str, Any]:
@@ -359,6 +372,8 @@ _MAY_CHANGE_AT_RESUME = frozenset(
         *("output_dir", "do_train", "num_train_epochs", "max_steps", "save_naming", "use_cpu"),
         *("logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to"),
         *("run_name", "dataloader_num_workers", "gradient_checkpointing", "torch_compile"),
+        *("torch_compile_backend", "eval_strategy", "evaluation_strategy"),
+        *("per_device_eval_batch_size", "delay_load"),
         *("attn_implementation", "deepspeed", "ddp_find_unused_parameters", "tf32"),
     }
 )
@@ -378,5 +393,7 @@ _ACCEPTED = {
     "lazy_preprocess": "images are always read when their sample is needed",
     "early_mix_text": "samples without images are mixed in by themselves",
     "remove_unused_columns": "samples are never stripped",
+    "delay_load": "the vision tower is loaded with the rest",
+    "per_device_eval_batch_size": "nothing is evaluated during training",
     "do_train": "it trains unless a flag says to inspect",
 }

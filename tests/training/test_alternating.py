@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from rwkvtune.cli.alternating_train import parse
 from rwkvtune.cli.main import guarded
 from rwkvtune.demo.alternating_checkpoints import make
 from rwkvtune.errors import UserError
@@ -236,6 +237,32 @@ def test_settings_without_effect_are_told_and_wrong_ones_listed_together() -> No
     )
     found = wrong.problems()
     assert len(found) == 3 and "learning_rate=-1.0" in found[0]
+
+
+def test_the_flags_of_llavas_training_scripts_are_known() -> None:
+    words = """--deepspeed zero3.json --model_name_or_path M --version qwen_1_5 --data_path d.yaml
+        --image_folder I --video_folder V --vision_tower T --mm_projector_type mlp2x_gelu
+        --mm_tunable_parts=mm_vision_tower,mm_mlp_adapter,mm_language_model,mm_vision_resampler
+        --mm_vision_tower_lr=2e-6 --mm_projector_lr 1e-3 --mm_vision_select_layer -2
+        --mm_use_im_start_end False --mm_use_im_patch_token False --mm_patch_merge_type
+        spatial_unpad --image_aspect_ratio anyres_max_9 --image_grid_pinpoints (1x1),...,(6x6)
+        --group_by_modality_length True --bf16 True --run_name r --output_dir o
+        --num_train_epochs 1 --per_device_train_batch_size 1 --per_device_eval_batch_size 4
+        --gradient_accumulation_steps 2 --evaluation_strategy no --save_strategy steps
+        --save_steps 1000 --save_total_limit 1 --learning_rate 1e-5 --weight_decay 0.
+        --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 --tf32 True
+        --model_max_length 32768 --gradient_checkpointing True --dataloader_num_workers 4
+        --lazy_preprocess True --report_to wandb --torch_compile True
+        --torch_compile_backend inductor --dataloader_drop_last True --frames_upbound 32
+        --lora_enable True --lora_r 32 --lora_alpha 64 --lora_dropout 0.05
+        --attn_implementation eager --mm_newline_position grid"""
+    settings = parse(words.split())
+    assert settings.problems() == []
+    told = settings.without_effect()
+    assert [line.split("=")[0].split(":")[0] for line in told] == [
+        "mm_vision_select_layer", "mm_use_im_patch_token", "per_device_eval_batch_size",
+        "mm_tunable_parts",
+    ]  # fmt: skip
 
 
 def test_a_made_up_sample_fits_a_model_with_and_without_a_tower() -> None:
