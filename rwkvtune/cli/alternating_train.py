@@ -16,6 +16,7 @@ from rwkvtune.training.alternating_config import AlternatingSettings
 from rwkvtune.training.config import option_groups
 
 if TYPE_CHECKING:
+    from rwkvtune.data.llava_dataset import LlavaDataset
     from rwkvtune.inference.alternating import Checkpoint, LoadReport
 
 ABOUT = """Train LLaVA-OneVision/Qwen2 models some of whose layers attend within one modality
@@ -217,6 +218,9 @@ class _Run:
         from rwkvtune.models.alternating.tokenizer import load_tokenizer
 
         settings, task = self.settings, self.settings.task
+        checkpoint.check_family()
+        tokenizer = None if task.inspect_weights else load_tokenizer(checkpoint.folder)
+        dataset = self._samples(tokenizer)
         attention = settings.model.attn_implementation or None
         common: dict[str, Any] = {
             "vision_tower": settings.model.vision_tower,
@@ -255,10 +259,22 @@ class _Run:
             from rwkvtune.adapters.alternating import merge_adapter
 
             model = merge_adapter(model, settings.model.lora_weight_path)
-        tokenizer = load_tokenizer(checkpoint.folder)
         if task.dry_run_step:
-            return self._dry_run_step(model, tokenizer, report)
-        return self._train(model, tokenizer, checkpoint, naming)
+            return self._dry_run_step(model, tokenizer, dataset, report)
+        return self._train(model, tokenizer, dataset, checkpoint, naming)
+
+    def _samples(self, tokenizer: Any) -> LlavaDataset | None:
+        """Those to train on, looked at before any weights are loaded; None where nothing needs
+        them."""
+        task, path = self.settings.task, self.settings.data.data_path
+        if task.inspect_weights or (task.dry_run_step and not path):
+            return None
+        from rwkvtune.training.alternating import checked_samples
+
+        self._check_data_path()
+        dataset = checked_samples(tokenizer, self.settings)
+        self.say(f"Dataset loaded. Number of samples: {len(dataset)}")
+        return dataset
 
     def _refuse_gaps(self, model: Any, checkpoint: Checkpoint, report: LoadReport) -> None:
         """A language model that a backbone does not fill whole is not trained on; inspecting it is
@@ -300,7 +316,9 @@ class _Run:
             for name in names[:SHOWN]:
                 self.say(f"  {name}")
 
-    def _dry_run_step(self, model: Any, tokenizer: Any, report: LoadReport) -> int:
+    def _dry_run_step(
+        self, model: Any, tokenizer: Any, dataset: LlavaDataset | None, report: LoadReport
+    ) -> int:
         from rwkvtune.inference.alternating import variant_of_model
         from rwkvtune.training import alternating
 
@@ -323,10 +341,8 @@ class _Run:
             f"parameters: {self.result['parameters']:,}; tensors missing: {len(report.missing)}, "
             f"unexpected: {len(report.unexpected)}"
         )
-        if settings.data.data_path:
-            self._check_data_path()
-            module = alternating.data_module(model, tokenizer, settings)
-            dataset, collate = module["train_dataset"], module["data_collator"]
+        if dataset is not None:
+            collate = alternating.data_module(model, dataset)["data_collator"]
             batch = collate([dataset[0]])
             self.say("one step on the first sample of the data")
         else:
@@ -350,14 +366,15 @@ class _Run:
             return self.done(STEP_FAILED)
         return self.done()
 
-    def _train(self, model: Any, tokenizer: Any, checkpoint: Checkpoint, naming: Any) -> int:
+    def _train(
+        self, model: Any, tokenizer: Any, dataset: Any, checkpoint: Checkpoint, naming: Any
+    ) -> int:
         from rwkvtune.training import alternating
 
         settings = self.settings
         if settings.trainer.save_naming != "auto":
             naming = settings.trainer.save_naming
-        module = alternating.data_module(model, tokenizer, settings)
-        self.say(f"Dataset loaded. Number of samples: {len(module['train_dataset'])}")
+        module = alternating.data_module(model, dataset)
         self.say(
             f"decoder: {type(model.get_decoder()).__name__}, {alternating.schedule_in_words(model)}"
         )

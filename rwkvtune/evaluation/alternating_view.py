@@ -95,7 +95,7 @@ def draw_masks(views: Sequence[LayerView], path: Path) -> None:
     figure = Figure(figsize=(2.4 * columns, 2.7 * rows), layout="constrained")
     for view in views:
         axes = figure.add_subplot(rows, columns, view.layer + 1)
-        axes.imshow(view.mask, cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
+        axes.imshow(view.mask.numpy(), cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
         axes.set_title(f"{view.layer}: {view.kind}\n{100 * view.share:.0f} % of causal", size=8)
         axes.set_xticks([])
         axes.set_yticks([])

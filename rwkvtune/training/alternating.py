@@ -65,12 +65,10 @@ SETTINGS_FILE = "run_settings.json"
 Say = Callable[[str], None]
 
 
-def data_module(model: Any, tokenizer: Any, settings: AlternatingSettings) -> dict[str, Any]:
-    """Data set and collator as `model` wants them; UserError, before any image is read, for samples
-    that cannot be trained on."""
+def checked_samples(tokenizer: Any, settings: AlternatingSettings) -> LlavaDataset:
+    """The data set; UserError, before any image is read, for samples that cannot be trained on."""
     data = settings.data
     tokenizer.model_max_length = data.model_max_length
-    model.config.tokenizer_model_max_length = data.model_max_length
     arguments = DataArguments(
         data_path=data.data_path,
         image_folder=data.image_folder,
@@ -78,7 +76,6 @@ def data_module(model: Any, tokenizer: Any, settings: AlternatingSettings) -> di
         version=data.version,
         label_mode=data.label_mode,
         is_multimodal=data.is_multimodal,
-        image_processor=processor_of(model.config),
         mm_use_im_start_end=settings.model.mm_use_im_start_end,
         video_fps=data.video_fps,
         frames_upbound=data.frames_upbound,
@@ -87,12 +84,20 @@ def data_module(model: Any, tokenizer: Any, settings: AlternatingSettings) -> di
     )
     dataset = LlavaDataset(tokenizer, arguments)
     dataset.check()
+    return dataset
+
+
+def data_module(model: Any, dataset: LlavaDataset) -> dict[str, Any]:
+    """Data set and collator as `model` wants its images; UserError when it takes none."""
     if dataset.has_pictures and not is_composed(model):
         raise UserError(
-            f"{data.data_path} has images, but this model is a language model alone: give a "
-            "checkpoint with a vision tower, or --vision_tower FOLDER with --init_from_backbone"
+            f"{dataset.arguments.data_path} has images, but this model is a language model alone: "
+            "give a checkpoint with a vision tower, or --vision_tower FOLDER with "
+            "--init_from_backbone"
         )
-    collator = LlavaCollator(tokenizer, dataset.processor)
+    model.config.tokenizer_model_max_length = dataset.tokenizer.model_max_length
+    dataset.processor = processor_of(model.config)
+    collator = LlavaCollator(dataset.tokenizer, dataset.processor)
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}
 
 

@@ -29,7 +29,7 @@ from rwkvtune.inference.alternating import Checkpoint, load
 from rwkvtune.models.alternating.masks import DEFAULT_SCHEDULE
 from rwkvtune.models.alternating.tokenizer import load_tokenizer
 from rwkvtune.models.alternating.variants import Variant
-from rwkvtune.training.alternating import data_module, processor_of, train
+from rwkvtune.training.alternating import checked_samples, data_module, processor_of, train
 from rwkvtune.training.alternating_config import AlternatingSettings
 
 RESULT_FILE = "result.json"
@@ -94,7 +94,7 @@ def run_cell(
     model, _ = load(source, variant=cell.variant, llava=settings.llava, **masks)
     tokenizer = load_tokenizer(source.folder)
     here = replace(settings, trainer=replace(settings.trainer, output_dir=str(folder)))
-    module = data_module(model, tokenizer, here)
+    module = data_module(model, checked_samples(tokenizer, here))
     began = time.perf_counter()
     outcome = train(
         model,
