@@ -59,13 +59,9 @@ def _with_masks(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise ValueError(number)
-    return number
-
-
-_count.__name__ = "number from 0 on"  # argparse puts it into its message
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number, 0 = all")
+    return int(text)
 
 
 def _loaded(args: argparse.Namespace, name: str) -> tuple[Any, Any]:

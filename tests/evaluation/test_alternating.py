@@ -248,7 +248,7 @@ def test_wrong_commands_are_refused(folder: Path, capsys: pytest.CaptureFixture[
     for command, reason in (
         ("mask", "no command 'mask'"),
         ("masks --model M --data_path D --variant cross", "invalid choice: 'cross'"),
-        ("eval --model M --data_path D --limit -1", "invalid number from 0 on value: '-1'"),
+        ("eval --model M --data_path D --limit -1", "-1: give a whole number, 0 = all"),
         ("eval --model F/qwen2-base-or-local --data_path F/blink.jsonl", "language model alone"),
         ("masks --model F/gone --data_path F/laion_subset.json", "no folder"),
         (
