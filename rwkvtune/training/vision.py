@@ -4,7 +4,6 @@ and how it is put together."""
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from rwkvtune.adapters.adapter import Adapter as Peft
 from rwkvtune.adapters.adapter import attach, store_frozen
 from rwkvtune.adapters.base import Base, base_of
 from rwkvtune.adapters.quant import quantize
-from rwkvtune.adapters.settings import AdapterSettings
 from rwkvtune.checkpoint import load_resume_meta, save_weights
 from rwkvtune.data.batch import IGNORED_TARGET
 from rwkvtune.data.prefetch import prefetched
@@ -67,8 +65,6 @@ from rwkvtune.training.vision_data import fill_caches
 from rwkvtune.training.vision_job import VisionJob, prepare
 from rwkvtune.training.vision_plan import largest_fitting, memory_estimate
 
-PUBLISHED_PEFT = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.01}
-"""LoRA's settings in upstream where none are given."""
 LR_KINDS = {"wsd": "wsd_cosine", "wsd_stable": "wsd"}
 """Names of schedules here -> in Schedule, where they differ."""
 DATA_SEED = 7919
@@ -321,8 +317,7 @@ def _build_model(
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     peft, words = None, "in full precision"
     if config.peft != "none":
-        extra = json.loads(config.peft_config) if config.peft_config else PUBLISHED_PEFT
-        settings = AdapterSettings(config.peft, quant=config.quant, peft_config=extra)
+        settings = config.adapter_settings
         values = None
         if saved is not None:
             values = {n[4:]: t for n, t in saved.model.items() if n.startswith("llm.")}

@@ -145,7 +145,7 @@ def test_a_flag_that_cannot_be_followed_warns_or_is_refused(flag: Any) -> None:
         ("--my_exit 4", {"epoch_count": 5}),
         ("--my_exit 4 --epoch_begin 2", {"epoch_count": 3}),
         ("--head_size_a 32", {"head_size": 32}),
-        ("--dim_att 2560", {"n_embd": 2560}),
+        ("--dim_att 2560 --n_embd 1024", {"dim_att": 2560, "n_embd": 1024}),
         ("--devices -1", {"devices": "auto"}),
         ("--random_seed -1", {"random_seed": VisionConfig().random_seed}),
         ("--random_seed 7", {"random_seed": 7}),
@@ -181,7 +181,6 @@ def test_other_data_types_are_refused_with_the_reason(kind: str) -> None:
     ("argv", "reason"),
     [
         ("--my_testing x060", "only x070"),
-        ("--dim_att 64 --n_embd 128", "as wide as n_embd"),
         ("--quant fp8", "not there for vision runs"),
         ("--peft miss", "not there for vision runs"),
         ("--copy x", "whole number"),
@@ -201,7 +200,8 @@ def test_the_published_command_runs_as_printed_on_small_files(
     write_fixture(tmp_path)
     assert all((tmp_path / name).exists() for name in (MODEL, ENCODER, DATA))
     monkeypatch.chdir(tmp_path)
-    assert guarded("world_train", arguments("--micro_bsz", "8", "--epoch_steps", "20")) == 0
+    shorter = arguments("--micro_bsz", "8", "--epoch_steps", "20", "--throughput_log_steps", "10")
+    assert guarded("world_train", shorter) == 0
     said = capsys.readouterr().out
     folder = tmp_path / "out" / "vision-adapter-stage1-siglip"
     assert len(metrics(folder)) == 2, "every tenth step"
@@ -214,3 +214,5 @@ def test_the_published_command_runs_as_printed_on_small_files(
         "lr_schedule wsd: world_train.py's curve",
     ):  # fmt: skip
         assert part in said, part
+    samples, visual = re.findall(r"([\d.]+) (?:samples|visual tokens)/s", said)
+    assert float(visual) == pytest.approx(9 * float(samples), rel=0.02), "9 tokens per picture"
