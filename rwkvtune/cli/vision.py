@@ -289,7 +289,7 @@ def _load(args: Any) -> Any:
     if args.device == "cuda" and not sees_gpu:
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     device = ("cuda" if sees_gpu else "cpu") if args.device == "auto" else args.device
-    return load_vision(
+    system = load_vision(
         args.file,
         load_model=args.load_model,
         encoder_path=args.encoder_path,
@@ -298,3 +298,6 @@ def _load(args: Any) -> Any:
         device=device,
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype],
     )
+    for note in system.notes:
+        print(note, file=sys.stderr)
+    return system

@@ -24,6 +24,7 @@ from rwkvtune.inference.vision import (
     find_adapter,
     language_model_weights,
     open_encoder,
+    other_encoder,
     read_adapter,
     tokenizer_for,
 )
@@ -233,6 +234,7 @@ def _starting_adapter(
         return None
     saved = read_adapter(path, encoder_width=encoder.width)
     check_widths(saved, encoder)
+    notes += other_encoder(saved, encoder)
     notes.append(f"the adapter comes from {saved.path}: all {len(saved.weights)} tensors of it")
     if saved.encoder_weights:
         take_weights(encoder, saved.encoder_weights)

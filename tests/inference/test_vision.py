@@ -172,6 +172,27 @@ def test_what_does_not_belong_together_is_refused(folder: Path, tmp_path: Path) 
         read_adapter(bare)
 
 
+def test_relative_paths_of_a_run_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = settings(tmp_path / "run", epoch_steps=1)
+    for name in ("load_model", "encoder_path", "data_file"):
+        given[name] = str(Path(given[name]).relative_to(vision_files()))
+    monkeypatch.chdir(vision_files())
+    assert train_vision(from_flat(given)) == 0
+    monkeypatch.chdir(tmp_path)
+    assert load_vision(Path("run")).notes == ()
+
+
+def test_another_encoder_than_that_of_the_training_is_told(folder: Path, tmp_path: Path) -> None:
+    from rwkvtune.models.vision.tiny import save_siglip, tiny_siglip
+
+    save_siglip(tiny_siglip(seed=5), tmp_path / "other", side=42)
+    [note] = load_vision(folder, encoder_path=str(tmp_path / "other")).notes
+    assert "trained with another encoder" in note
+    assert load_vision(folder).notes == ()
+
+
 def test_the_newest_adapter_of_a_folder_is_the_final_one_or_the_latest(tmp_path: Path) -> None:
     import os
 
