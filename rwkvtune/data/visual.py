@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -151,11 +151,16 @@ class Assembly:
         for number, part in enumerate(parts):
             if number:
                 pieces += [_ids([VISION_START]), self._pictures(1), _ids([VISION_END])]
-            pieces.append(_ids(self.tokenizer.encode(part)))
+            pieces.append(_ids(self._encode(part)))
         ids, labels, is_image = (np.concatenate(p) for p in zip(*pieces, strict=True))
         if who == "Assistant":
             labels = ids.copy()
         return ids, labels, is_image
+
+    @cached_property
+    def _encode(self) -> Callable[[str], list[int]]:
+        """Remembers: the same few instructions stand before hundreds of thousands of captions."""
+        return lru_cache(maxsize=1024)(self.tokenizer.encode)
 
     def _pictures(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         tokens = count * self.image_tokens
@@ -442,8 +447,8 @@ class BucketedOrder:
 
     Each pass is a seeded shuffle. The samples of a window, of at most `window_steps` steps, are
     sorted by length and laid out in steps, whose order is shuffled, so that what is padded together
-    has about one length. Windows fill a pass as evenly as they can: a run of one pass that ended
-    inside a window would miss some lengths and see others twice. A step has the same samples
+    has about one length. Where a pass has few windows they fill it evenly: a run of one pass that
+    ended inside a window would miss some lengths and see others twice. A step has the same samples
     however it is divided into micro-batches.
     """
 
@@ -453,7 +458,10 @@ class BucketedOrder:
         assert len(lengths) and global_bsz > 0 and window_steps > 0
         self.lengths, self.global_bsz = lengths, global_bsz
         steps_per_pass = max(1, len(lengths) // global_bsz)
-        self.window_steps = steps_per_pass // -(-steps_per_pass // window_steps)
+        windows = -(-steps_per_pass // window_steps)
+        # Of more windows than one has steps, what is left over would not become less.
+        is_few = windows <= window_steps
+        self.window_steps = steps_per_pass // windows if is_few else window_steps
         self.seed, self.shuffle = seed, shuffle
         self._steps_of = lru_cache(maxsize=2)(self._window)
         self._order_of = lru_cache(maxsize=2)(self._pass)
