@@ -229,6 +229,8 @@ def evaluate(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.max_tokens < 1 or args.batch_size < 1:
         raise UserError("--max_tokens and --batch_size must be at least 1")
+    if args.image_folder is not None and not args.image_folder.is_dir():
+        raise UserError(f"--image_folder {args.image_folder}: there is no such folder")
     from rwkvtune.evaluation.vision import evaluate_questions, read_questions, table
     from rwkvtune.files import check_writable
 

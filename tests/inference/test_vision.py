@@ -153,6 +153,18 @@ def test_eval_scores_exact_match_and_the_likeliest_option(
     assert len(head) > 0 and chosen == options[int(scores.argmax())]
 
 
+def test_eval_without_a_picture_to_ask_about_is_an_error(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"image": "a.jpg", "text": "What?", "answer": "x"}\n')
+    args = ["eval", str(folder), "--questions", str(path)]
+    assert guarded("vision", args) == 2
+    assert "none of the questions can be asked: question 1: a.jpg" in capsys.readouterr().err
+    assert guarded("vision", [*args, "--image_folder", str(tmp_path / "no")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+
+
 def test_what_does_not_belong_together_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no adapter-"):
         load_vision(tmp_path)
