@@ -231,7 +231,8 @@ class _Run:
         if settings.model.lora_weight_path:
             from rwkvtune.adapters.alternating import merge_adapter
 
-            model = merge_adapter(model, settings.model.lora_weight_path)
+            lora = settings.model.lora_weight_path
+            model = merge_adapter(model, lora, str(checkpoint.folder))
         tokenizer = load_tokenizer(checkpoint.folder)
         if task.dry_run_step:
             return self._dry_run_step(model, tokenizer, report)

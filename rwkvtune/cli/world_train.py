@@ -198,7 +198,7 @@ def _refusals(published: Mapping[str, str], values: Mapping[str, Any]) -> list[s
         if not published[name].isdecimal()
     ]
     for name in ("peft", "quant"):
-        if values.get(name) in ("miss", "adalora", "prefix", "fp8"):
+        if values.get(name) in ("adalora", "prefix", "fp8"):
             problems.append(f"--{name} {values[name]}: is not there for vision runs")
     return problems
 

@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
-from rwkvtune.adapters.alternating import add_lora, merged
+from rwkvtune.adapters.alternating import add_lora, merged, save_lora
 from rwkvtune.checkpoint import load_weights, save_weights
 from rwkvtune.data.llava_dataset import (
     IGNORE_INDEX,
@@ -374,7 +374,7 @@ def _write_final(
     tokenizer_from: Path,
 ) -> None:
     if settings.tune.lora_enable:
-        model.save_pretrained(folder / "adapter")
+        save_lora(model, folder / "adapter", str(tokenizer_from))
         model = merged(model)
     if list(parts) == ["mm_mlp_adapter"]:
         save_adapter(model, folder / PROJECTOR_FILE)

@@ -194,6 +194,9 @@ class VisionState(RunState):
             for name, p in model.named_parameters()
             if p.requires_grad or (self.keeps_encoder and name.startswith("encoder."))
         }
+        if self.peft is not None:  # its buffers too
+            tensors = model.get_submodule("llm").state_dict()
+            kept |= {f"llm.{name}": tensors[name] for name in self.peft.tensors}
         return {name: p.detach() for name, p in kept.items()}
 
     def write_weights(self, run_folder: Path, label: str, *, dtype: str, write: bool) -> None:
@@ -313,15 +316,16 @@ def _build_model(
     if job.start is not None:
         adapter.load_state_dict(job.start.weights)
     llm = build_model(job.llm, initial_values=False)
-    fill_model(llm, job.llm_weights, config.load_model)
+    fill_model(llm, job.llm_weights, config.load_model, copy=config.quant == "none")
     llm.grad_cp, llm.backend = config.grad_cp, config.kernel
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     peft, words = None, "in full precision"
     if config.peft != "none":
-        settings = config.adapter_settings
         values = None
         if saved is not None:
             values = {n[4:]: t for n, t in saved.model.items() if n.startswith("llm.")}
+        settings = config.adapter
+        assert settings is not None
         peft = attach(llm, settings, config.load_model, saved=values, compute_dtype=dtype)
         base = peft.base
         words = peft.quantized.in_words() if peft.quantized else words
@@ -337,6 +341,7 @@ def _build_model(
     model = VisionLanguageModel(llm, job.encoder, adapter)
     if saved is not None:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        trained |= {f"llm.{name}" for name in peft.tensors} if peft is not None else set()
         if trained != {name for name in saved.model if name in trained or not job.keeps_encoder}:
             raise UserError(f"{job.resume} holds other tensors than this run trains")
         model.load_state_dict(saved.model, strict=False)

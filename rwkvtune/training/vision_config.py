@@ -31,7 +31,7 @@ PARTS = {
 """What train_step may name -> what it is. Upstream passes over words that it does not know."""
 
 PUBLISHED_PEFT = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.01}
-"""LoRA's settings in upstream where none are given."""
+"""Of LoRA and its nearest in upstream, where no settings are given."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,12 @@ class VisionConfig:
     """mlp = two layers, then z + LayerNorm(z); linear = one layer without bias."""
     quant: Literal["none", "4bit", "nf4", "fp4", "8bit", "int8"] = "none"
     """Pack the frozen language model's projections: 4bit = nf4, 8bit = int8."""
-    peft: Literal["none", "lora"] = "none"
-    """lora: with train_step rwkv, train LoRA on its projections in place of all of it."""
+    peft: Literal["none", "lora", "rslora", "dora", "pissa", "miss"] = "none"
+    """With train_step rwkv, train LoRA or one of its family on its projections in place of all of
+    it."""
     peft_config: str = ""
-    """JSON of LoRA's settings, such as {"r": 8, "lora_alpha": 32, "lora_dropout": 0.01}."""
+    """JSON of fields of peft's LoraConfig or MissConfig; lora, rslora and dora without it: {"r": 8,
+    "lora_alpha": 32, "lora_dropout": 0.01}, as published."""
     n_layer: int | None = None
     """Confirms the file's number of blocks; another number gives a warning."""
     n_embd: int | None = None
@@ -216,12 +218,6 @@ class VisionConfig:
         )
 
     @property
-    def adapter_settings(self) -> AdapterSettings:
-        """Of LoRA, with a packed base if that is wanted."""
-        extra = json.loads(self.peft_config) if self.peft_config else PUBLISHED_PEFT
-        return AdapterSettings(self.peft, quant=self.quant, peft_config=extra)
-
-    @property
     def conv(self) -> tuple[int, int]:
         """Kernel and stride; zeros for none."""
         if not self.adapter_conv:
@@ -264,6 +260,19 @@ class VisionConfig:
             found.append(f"decay_share={self.decay_share} must be in (0, 1]")
         return found + self._contradictions()
 
+    @property
+    def adapter(self) -> AdapterSettings | None:
+        """What is trained beside the language model; None = nothing. ValueError for what is no JSON
+        object."""
+        if self.peft == "none":
+            return None
+        extra = json.loads(self.peft_config or "{}")
+        if not isinstance(extra, dict):
+            raise ValueError("not an object")
+        if not self.peft_config and self.peft in ("lora", "rslora", "dora"):
+            extra = PUBLISHED_PEFT
+        return AdapterSettings(self.peft, quant=self.quant, peft_config=extra)
+
     def _contradictions(self) -> list[str]:
         found = []
         try:
@@ -285,13 +294,10 @@ class VisionConfig:
             )
         if self.peft_config and self.peft == "none":
             found.append(f"peft_config={self.peft_config} needs --peft lora")
-        if self.peft_config:
-            try:
-                if not isinstance(json.loads(self.peft_config), dict):
-                    raise ValueError("not an object")
-                found += self.adapter_settings.problems()
-            except ValueError as error:
-                found.append(f"peft_config={self.peft_config!r} is no JSON object: {error}")
+        try:
+            found += [] if self.adapter is None else self.adapter.problems()
+        except ValueError as error:
+            found.append(f"peft_config={self.peft_config!r} is no JSON object: {error}")
         if self.feature_cache and "encoder" in parts:
             found.append("feature_cache needs a frozen encoder: take encoder out of train_step")
         return found

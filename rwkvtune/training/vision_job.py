@@ -79,8 +79,8 @@ def prepare(config: VisionConfig, world_size: int, notes: list[str]) -> VisionJo
     if llm.version != "x070":
         raise UserError(f"{config.load_model} is {llm.version}: vision training needs x070 weights")
     _confirm_shapes(config, llm, notes)
-    if config.peft != "none":
-        sizes_of_adapter(llm, config.adapter_settings)  # refuses what does not fit the model
+    if config.adapter is not None:
+        sizes_of_adapter(llm, config.adapter)  # refuses what does not fit the model
     tokenizer = tokenizer_for(Path(config.load_model), llm.vocab_size, config.tokenizer)
     if config.form == "placeholder" and llm.vocab_size <= IMAGE_PAD:
         raise UserError(

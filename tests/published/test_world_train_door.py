@@ -182,7 +182,7 @@ def test_other_data_types_are_refused_with_the_reason(kind: str) -> None:
     [
         ("--my_testing x060", "only x070"),
         ("--quant fp8", "not there for vision runs"),
-        ("--peft miss", "not there for vision runs"),
+        ("--peft adalora", "not there for vision runs"),
         ("--copy x", "whole number"),
         ("--no_such_flag 1", "unknown flag --no_such_flag"),
         ("--micro_bzs 1", "did you mean --micro_bsz"),

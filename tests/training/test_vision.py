@@ -284,6 +284,30 @@ def test_a_packed_base_is_trained_by_lora_only(stage_1: Path, tmp_path: Path, se
         torch.testing.assert_close(merged(inputs_embeds=x)[0], theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_a_pissa_run_goes_on_to_the_same_bits_and_on_no_other_base(
+    stage_1: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base.pth"
+    weights = load_weights(vision_files() / MODEL)
+    save_weights(base, weights)
+    options: dict[str, Any] = {
+        "train_step": "adapter rwkv", "peft": "pissa", "peft_config": '{"r": 4}', "epoch_steps": 1,
+        "load_adapter": str(stage_1 / "adapter-final.safetensors"), "load_model": str(base),
+        "lr_schedule": "constant", "lr_init": 1e-3,
+    }  # fmt: skip
+    assert train(tmp_path / "whole", **options, epoch_count=2) == 0
+    for epochs in (1, 2):
+        assert train(tmp_path / "parts", **options, epoch_count=epochs) == 0
+    file = "lora-final/adapter_model.safetensors"
+    whole, parts = (load_weights(tmp_path / name / file) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+    base.unlink()
+    save_weights(base, weights | {"ln_out.bias": weights["ln_out.bias"] + 1e-3})
+    with pytest.raises(UserError, match="has other values than the weights"):
+        train(tmp_path / "parts", **options, epoch_count=3)
+
+
 def test_the_encoder_is_trained_and_saved_where_that_was_asked_for(
     stage_1: Path, tmp_path: Path, seen: Seen
 ) -> None:
@@ -385,9 +409,15 @@ def test_the_other_schedules_are_what_their_names_say() -> None:
         ({"adapter_conv": "3"}, "KERNEL,STRIDE"),
         ({"quant": "fp8"}, "quant='fp8' must be one of"),
         ({"peft": "lora"}, "would train nothing"),
-        ({"peft_config": "{"}, "peft_config"),
+        ({"peft_config": "{"}, "needs --peft lora"),
+        ({"train_step": "rwkv", "peft": "lora", "peft_config": "{"}, "is no JSON object"),
+        ({"train_step": "rwkv", "peft": "pissa", "quant": "nf4"}, "pissa takes its first"),
         (
-            {"train_step": "adapter rwkv", "peft": "lora", "peft_config": '{"rank": 4}'},
+            {"train_step": "rwkv", "peft": "lora", "peft_config": '{"init_lora_weights": "eva"}'},
+            "changes the base's weights",
+        ),
+        (
+            {"train_step": "rwkv", "peft": "lora", "peft_config": '{"rank": 4}'},
             "peft_config has rank, which peft's LoraConfig does not know",
         ),
         ({"load_model": ""}, "load_model is missing"),
