@@ -206,6 +206,14 @@ def _refusals(published: Mapping[str, str], values: Mapping[str, Any]) -> list[s
 def _translate_length(published: Mapping[str, str], values: dict[str, Any]) -> None:
     if isinstance(values["epoch_steps"], int):
         values["epoch_steps"] *= int(published["copy"])
-    last = int(published["my_exit"]) + 1 - int(values.get("epoch_begin", 0))
+    begin = values.get("epoch_begin", 0)
+    if not isinstance(begin, int):
+        return  # told with all that is wrong
+    last = int(published["my_exit"]) + 1 - begin
+    if last < 1:
+        raise UserError(
+            f"--my_exit {published['my_exit']} lies before the first mini-epoch, --epoch_begin "
+            f"{begin}: nothing would be trained"
+        )
     if isinstance(values["epoch_count"], int):
-        values["epoch_count"] = max(0, min(values["epoch_count"], last))
+        values["epoch_count"] = min(values["epoch_count"], last)

@@ -184,6 +184,7 @@ def test_other_data_types_are_refused_with_the_reason(kind: str) -> None:
         ("--quant fp8", "not there for vision runs"),
         ("--peft adalora", "not there for vision runs"),
         ("--copy x", "whole number"),
+        ("--my_exit 1 --epoch_begin 2", "before the first mini-epoch"),
         ("--no_such_flag 1", "unknown flag --no_such_flag"),
         ("--micro_bzs 1", "did you mean --micro_bsz"),
     ],
@@ -191,6 +192,12 @@ def test_other_data_types_are_refused_with_the_reason(kind: str) -> None:
 def test_other_wishes_are_refused(argv: str, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         translate(argv.split())
+
+
+def test_what_is_no_number_is_told_with_all_that_is_wrong() -> None:
+    assert (
+        "epoch_begin='x' must be" in settings("--epoch_begin", "x", "--my_exit", "3").problems()[0]
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
