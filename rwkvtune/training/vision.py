@@ -4,6 +4,7 @@ and how it is put together."""
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -481,6 +482,7 @@ def _build_state(
 def _about(config: VisionConfig, job: VisionJob, base: Base) -> dict[str, Any]:
     """adapter_config.json: all that is needed to use the adapter again."""
     return {
+        "folder": os.getcwd(),  # where relative paths begin
         "adapter": dataclasses.asdict(job.adapter),
         "encoder": {
             "path": config.encoder_path,

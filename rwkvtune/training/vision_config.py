@@ -33,9 +33,6 @@ PARTS = {
 PUBLISHED_PEFT = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.01}
 """Of LoRA and its nearest in upstream, where no settings are given."""
 
-QUANTS = ("none", "4bit", "nf4", "fp4", "8bit", "int8")
-"""What quant may be. 4bit means nf4; in upstream it comes to fp4, which is coarser."""
-
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -79,6 +76,8 @@ class VisionConfig:
     """Confirms the file's vocabulary; another number gives a warning."""
     head_size: int | None = None
     """Confirms the file's channels per head; another number gives a warning."""
+    dim_att: int | None = None
+    """Confirms the width of the attention, which is n_embd; another number gives a warning."""
     dim_ffn: int | None = None
     """Confirms the file's width of the channel mix; another number gives a warning."""
     strict_shape: bool = False
@@ -185,6 +184,9 @@ class VisionConfig:
     """Type of the tensors in rwkv-<k>.pth; all other files are exact."""
     log_every: int = 10
     """Steps per line of metrics.csv and of the console."""
+    throughput_log_steps: int = 0
+    """Steps per line of samples/s, tokens/s, visual tokens/s, ms per step and peak memory; 0 =
+    off."""
     val_every: int = 0
     """Measure the loss on val_data_file every so many steps; 0 = at the end of each mini-epoch."""
     tensorboard: bool = False
@@ -209,7 +211,7 @@ class VisionConfig:
     def output_options(self) -> OutputOptions:
         names = (
             "proj_dir", "resume", "random_seed", "epoch_save", "save_every", "keep_last",
-            "log_every", "val_every", "tensorboard", "wandb",
+            "log_every", "throughput_log_steps", "val_every", "tensorboard", "wandb",
         )  # fmt: skip
         return OutputOptions(
             log_layers=False, **{n: getattr(self, n) for n in names if hasattr(self, n)}
@@ -328,11 +330,11 @@ _AT_LEAST = {
     **dict.fromkeys(("devices", "num_nodes", "keep_last", "log_every", "num_workers"), 1),
     **dict.fromkeys(("bucket_steps", "adapter_shuffle"), 1),
     **dict.fromkeys(("epoch_steps", "epoch_begin", "epoch_save", "save_every", "val_every"), 0),
-    **dict.fromkeys(("threads", "adapter_hidden", "global_bsz"), 0),
+    **dict.fromkeys(("threads", "adapter_hidden", "global_bsz", "throughput_log_steps"), 0),
     "warmup_steps": -1,
 }
 
-CONFIRMED = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn")
+CONFIRMED = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_att", "dim_ffn")
 """Dimensions that the weights decide and a flag may only confirm."""
 
 MAY_CHANGE_AT_RESUME = frozenset(
@@ -342,7 +344,7 @@ MAY_CHANGE_AT_RESUME = frozenset(
         *("epoch_save", "save_every", "keep_last", "log_every", "val_every", "save_full"),
         *("tensorboard", "wandb", "resume", "proj_dir", "num_workers", "strict_shape"),
         *("load_adapter", "feature_cache", "cache_limit_gb", "data_file", "val_data_file"),
-        *("train_step", "epoch_steps", *CONFIRMED),
+        *("train_step", "epoch_steps", "throughput_log_steps", *CONFIRMED),
     }
 )
 """Settings that may differ from the interrupted run's. What names a file is compared by the file's
