@@ -88,7 +88,8 @@ class ShuffledOrder:
     A pass has floor((num_tokens - 1) / ctx_len) windows, laid end to end, and visits each once.
     Where the first one starts is drawn for each pass between -ctx_len/2 and ctx_len/2 (what would
     stick out of the data is pushed back inside), so that small data are cut at other places each
-    time. Except for less than two windows' worth at the two ends of the data, each target is
+    time; or from as much further on as it takes for the last windows to reach the end of the data.
+    Except for less than two windows' worth at the two ends of the data, each target is
     therefore met exactly once per pass.
 
     Constant memory: the shuffle is a keyed Feistel permutation, computed for one sample at a time.
@@ -101,7 +102,9 @@ class ShuffledOrder:
         self.ctx_len = int(ctx_len)
         self.seed = int(seed)
         _check_one_window(self.num_tokens, self.ctx_len)
-        self._num_slots = (self.num_tokens - 1) // self.ctx_len
+        self._num_slots, left_over = divmod(self.num_tokens - 1, self.ctx_len)
+        # The largest offset, ctx_len - 1 more than this, must not be below left_over.
+        self._least_offset = max(-(self.ctx_len // 2), left_over - (self.ctx_len - 1))
         # Feistel halves: the smallest near-square rectangle of at least num_slots cells.
         self._rows = math.isqrt(self._num_slots - 1) + 1
         self._columns = -(-self._num_slots // self._rows)
@@ -113,7 +116,7 @@ class ShuffledOrder:
     def start(self, sample_index: int) -> int:
         pass_number, position = divmod(int(sample_index), self._num_slots)
         offset_key, *round_keys = _digest(f"{self.seed} {pass_number}")
-        offset = offset_key % self.ctx_len - self.ctx_len // 2
+        offset = offset_key % self.ctx_len + self._least_offset
         start: int = self._shuffled(position, round_keys) * self.ctx_len + offset
         return min(max(start, 0), self.num_tokens - 1 - self.ctx_len)
 

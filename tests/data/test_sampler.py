@@ -122,6 +122,16 @@ def test_shuffled_order_meets_each_target_once_per_pass_except_at_the_edges(
     assert (met == 0).sum() + (met == 2).sum() < 4 * ctx_len
 
 
+@pytest.mark.parametrize("left_over", range(7))
+def test_shuffled_order_meets_every_target_within_some_passes(left_over: int) -> None:
+    num_windows, ctx_len = 2, 7
+    num_tokens = num_windows * ctx_len + left_over + 1
+    order = ShuffledOrder(num_tokens, ctx_len, seed=5)
+    starts = [order.start(i) for i in range(100 * num_windows)]
+    assert min(starts) == 0 and max(starts) + ctx_len == num_tokens - 1
+    assert {s + n for s in starts for n in range(1, ctx_len + 1)} == set(range(1, num_tokens))
+
+
 def test_shuffled_order_is_another_one_for_each_pass_and_seed_and_the_same_each_time() -> None:
     def windows(seed: int, in_pass: int) -> list[int]:
         order = ShuffledOrder(64 * 1000, 64, seed)
