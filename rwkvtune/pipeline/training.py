@@ -52,12 +52,14 @@ def in_even_batches(config: TrainConfig, num_tokens: int) -> TrainConfig:
     """The same with epochs that are passes over the data: as many whole steps as one needs.
 
     What a last batch lacks comes from the next pass. The batch is made smaller where that would be
-    more than MOST_FROM_NEXT_PASS of an epoch.
+    more than MOST_FROM_NEXT_PASS of an epoch. A line says so, and how much a pass leaves out where
+    that is more than this share of the data.
     """
     from rwkvtune.training.fabric import processes_asked_for
 
     s = config.schedule
-    windows = ShuffledOrder(num_tokens, config.data.ctx_len, 0).num_slots
+    ctx_len = config.data.ctx_len
+    windows = ShuffledOrder(num_tokens, ctx_len, 0).num_slots
     shares = processes_asked_for(config.device) * s.accumulate_grad_batches
 
     def steps_with(micro_bsz: int) -> int:
@@ -74,6 +76,11 @@ def in_even_batches(config: TrainConfig, num_tokens: int) -> TrainConfig:
         print(
             f"micro_bsz {micro_bsz} instead of {s.micro_bsz}, so that {steps} step(s) are a pass "
             f"over the {windows} windows of the data"
+        )
+    if (left_out := num_tokens - 1 - windows * ctx_len) > MOST_FROM_NEXT_PASS * num_tokens:
+        print(
+            f"each pass leaves out {left_out} of {num_tokens} tokens, at the ends of the data and "
+            f"not always the same ones: they fill no whole window of {ctx_len} more"
         )
     schedule = dataclasses.replace(s, micro_bsz=micro_bsz, epoch_steps=steps)
     output = dataclasses.replace(config.output, log_every=min(config.output.log_every, steps))
