@@ -40,8 +40,8 @@ def inspect_rwkv_checkpoint(checkpoint_path: str | os.PathLike[str]) -> dict[str
 
     Keys: checkpoint_path, file_size_mb (2^20 bytes), num_parameters, keys_sample (the first ten
     names), dtypes (type -> parameters) and, for RWKV of any version, detected_config (n_layer,
-    n_embd, vocab_size, model_type, ctx_len, head_size_a) and widths (all other dimensions); else
-    detection_error. MissingFileError, or UserError for what is no weights file.
+    n_embd, vocab_size, model_type, ctx_len, head_size_a), widths (all other dimensions) and odd
+    (what keeps it from being loaded, a line for each kind of tensors); else detection_error. MissingFileError, or UserError for what is no weights file.
     """
     path = Path(checkpoint_path).expanduser()
     header = header_of(path)
@@ -69,11 +69,13 @@ def inspect_rwkv_checkpoint(checkpoint_path: str | os.PathLike[str]) -> dict[str
         "dtypes": facts["dtypes"],
         "detected_config": detected.to_dict(),
         "widths": others | ranks,
+        "odd": facts["odd"],
     }
 
 
 def detect(checkpoint_path: str | os.PathLike[str]) -> DetectedModelConfig:
-    """detected_config; UserError when there is none, or of a version that is not trained."""
+    """detected_config; UserError when there is none, or of a version that is not trained, or for
+    tensors that are missing or fit no model of these dimensions."""
     info = inspect_rwkv_checkpoint(checkpoint_path)
     if "detected_config" not in info:
         raise UserError(info["detection_error"])
@@ -82,7 +84,13 @@ def detect(checkpoint_path: str | os.PathLike[str]) -> DetectedModelConfig:
         detect_version(header_of(path).tensors)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return DetectedModelConfig(**info["detected_config"])
+    detected = DetectedModelConfig(**info["detected_config"])
+    if info["odd"]:
+        raise UserError(
+            f"{path} does not fit an {detected.model_type} model of its own dimensions: "
+            f"{'; '.join(info['odd'])}"
+        )
+    return detected
 
 
 def load_checkpoint_for_training(

@@ -106,6 +106,10 @@ def test_epochs_are_passes_over_the_data(
     ).train(DATA, num_epochs=1)
     assert other.tokens == 8 * 16
     assert "micro_bsz 4 instead of 7" in capsys.readouterr().out
+    # 8 windows of 15 are 120 of 131 targets.
+    fifteen = dataclasses.replace(MODEL, ctx_len=15)
+    pipeline(tmp_path / "fifteen", model_config=fifteen).train(DATA, num_epochs=1)
+    assert "each pass leaves out 11 of 132 tokens" in capsys.readouterr().out
 
 
 def test_a_new_object_goes_on_as_if_it_had_never_stopped(tmp_path: Path) -> None:
@@ -310,6 +314,20 @@ def test_versions_that_are_not_trained_are_refused_by_name(tmp_path: Path) -> No
         for call in (load_checkpoint_for_training, made.train_from_checkpoint):
             with pytest.raises(UserError, match=rf"weights.pth: these weights are .*{name}"):
                 call(path)
+
+
+def test_weights_with_a_tensor_missing_are_refused_before_they_are_copied(
+    trained: Path, tmp_path: Path
+) -> None:
+    broken = weights(trained / "out/rwkv-final.pth")
+    del broken["ln_out.weight"]
+    torch.save(broken, tmp_path / "broken.pth")
+    made = pipeline(tmp_path / "work")
+    made.prepare_data(DATA)
+    with pytest.raises(UserError, match=r"broken\.pth does not fit an x070 .*ln_out\.weight"):
+        made.train_from_checkpoint(tmp_path / "broken.pth")
+    assert not made.model_initialized
+    assert "ln_out.weight" in made.inspect_checkpoint(tmp_path / "broken.pth")["odd"][0]
 
 
 def test_a_tokenizer_of_more_ids_than_rows_is_refused_with_both_numbers(
