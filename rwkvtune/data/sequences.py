@@ -90,6 +90,17 @@ def sequences_of(
 def _as_array(data: Any) -> tuple[np.ndarray, bool]:
     """The data as an array of one or two axes; or of one axis whose values are rows, and True."""
     expected = "expected an array [sequences, length] or [values], or a list of rows"
+    if isinstance(data, str | os.PathLike):
+        raise UserError(
+            f"the data are the text {os.fspath(data)!r}: {expected}. What is in a file is taken by "
+            "prepare_data_from_file (.npy) or prepare_data_from_jsonl"
+        )
+    if isinstance(data, np.ma.MaskedArray) and np.ma.is_masked(data):
+        raise UserError(
+            f"the data are an array with {np.ma.count_masked(data)} masked values, which would "
+            "count like the others: give the rows without them, "
+            "[row.compressed() for row in data]"
+        )
     try:
         array = np.asarray(data)
         has_rows = array.dtype == object and array.ndim == 1 and any(map(np.ndim, array))
@@ -222,6 +233,8 @@ class JsonlToBinIdxConverter:
     ) -> Built:
         """The same, with a share of the documents in PREFIX_val.bin and .idx instead."""
         path = Path(jsonl_path)
+        if path.is_dir():
+            raise UserError(f"{path} is a folder. Give a file of lines {_LINE}")
         if not path.is_file():
             raise MissingFileError(f"no such file: {path}. Give a file of lines {_LINE}")
         if path.suffix != ".jsonl":
@@ -370,15 +383,33 @@ def as_tokenizer(given: Tokenizer | str | None) -> Tokenizer:
 
 def load_array(path: str | os.PathLike[str]) -> np.ndarray:
     """The array in a .npy file, memory-mapped; UserError when it holds something else."""
+    name = os.fspath(path)
     try:
+        with open(path, "rb") as file:
+            begin = file.read(6)
+        if not begin.startswith((b"\x93NUMPY", b"PK")):
+            raise UserError(
+                f"{name} is no .npy file (it begins with {begin!r}): give one written by "
+                "numpy.save. Text files are read by prepare_data_from_jsonl, or as an array: "
+                "numpy.loadtxt"
+            )
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
-        raise MissingFileError(f"no such file: {os.fspath(path)}. Give a .npy file.") from None
+        raise MissingFileError(f"no such file: {name}. Give a .npy file.") from None
+    except IsADirectoryError:
+        raise UserError(f"{name} is a folder. Give a .npy file.") from None
+    except UserError:
+        raise
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{os.fspath(path)}: cannot be read as a .npy file: {error}") from None
+        if "Python objects" in str(error):
+            raise UserError(
+                f"{name} holds Python objects, which are not read from files: save an array of "
+                "whole numbers, or give prepare_data the list of rows"
+            ) from None
+        raise UserError(f"{name}: cannot be read as a .npy file: {error}") from None
     if not isinstance(array, np.ndarray):
         raise UserError(
-            f"{os.fspath(path)}: holds several arrays ({', '.join(array.files[:5])}): save the one "
+            f"{name}: holds several arrays ({', '.join(array.files[:5])}): save the one "
             "to train on with numpy.save"
         )
     return array

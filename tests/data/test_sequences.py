@@ -79,6 +79,8 @@ def test_rows_may_have_different_lengths_and_a_transform_takes_any_value(tmp_pat
         ([], "the data are empty"),
         (np.zeros((2, 2, 2), int), r"shape \(2, 2, 2\)"),
         (7, r"shape \(\)"),
+        ("x.npy", "the text 'x.npy'.*prepare_data_from_file"),
+        (np.ma.masked_equal([[1, 2], [3, 2]], 2), "2 masked values"),
         ([[[1], [2]], [[3]]], "row 0 of the data is no row of numbers"),
         ([1, [2, 3]], "row 0 of the data is no row of numbers"),
         (torch.ones(2, 2, requires_grad=True), r"the data are no array .*detach"),
@@ -136,8 +138,14 @@ def test_files_that_hold_nothing_usable_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds no text"):
         converter.convert(tmp_path / "empty.jsonl", tmp_path / "x")
-    with pytest.raises(UserError, match=r"cannot be read as a \.npy file"):
+    with pytest.raises(UserError, match=r"is no \.npy file.*b'\[\]'"):
         load_array(tmp_path / "x.json")
+    np.save(tmp_path / "x.npy", np.array([None]))
+    with pytest.raises(UserError, match="holds Python objects"):
+        load_array(tmp_path / "x.npy")
+    for take in (load_array, lambda path: converter.convert(path, tmp_path / "x")):
+        with pytest.raises(UserError, match="is a folder"):
+            take(tmp_path)
     np.savez(tmp_path / "x.npz", a=np.arange(2), b=np.arange(2))
     with pytest.raises(UserError, match=r"several arrays \(a, b\)"):
         load_array(tmp_path / "x.npz")
