@@ -522,7 +522,7 @@ def option_groups(config_class: type[TrainConfig] = TrainConfig) -> dict[str, ty
 MAY_CHANGE_AT_RESUME = frozenset(
     {
         *("epoch_count", "exit_tokens", "micro_bsz", "accumulate_grad_batches"),
-        *("accelerator", "devices", "num_nodes", "strategy", "context_parallel"),
+        *("accelerator", "devices", "num_nodes", "strategy", "context_parallel", "threads"),
         *("epoch_save", "save_every", "keep_last", "log_every", "val_every", "sample_every"),
         # What a preset stands for is compared by itself.
         *("async_save", "log_layers", "model_config", "throughput_log_steps"),

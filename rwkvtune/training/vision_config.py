@@ -340,7 +340,8 @@ CONFIRMED = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_att", "dim_ffn
 MAY_CHANGE_AT_RESUME = frozenset(
     {
         *("epoch_count", "micro_bsz", "global_bsz", "accumulate_grad_batches", "load_model"),
-        *("accelerator", "devices", "num_nodes", "strategy", "encoder_path", "encoder_type"),
+        *("accelerator", "devices", "num_nodes", "strategy", "threads"),
+        *("encoder_path", "encoder_type"),
         *("epoch_save", "save_every", "keep_last", "log_every", "val_every", "save_full"),
         *("tensorboard", "wandb", "resume", "proj_dir", "num_workers", "strict_shape"),
         *("load_adapter", "feature_cache", "cache_limit_gb", "data_file", "val_data_file"),

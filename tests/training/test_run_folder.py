@@ -152,6 +152,7 @@ def test_what_may_change_at_resume_changes_and_goes_on(
         "epoch_count": 4, "epoch_save": 0, "save_every": 2, "keep_last": 5, "log_every": 2,
         "val_every": 3, "sample_every": 2, "micro_bsz": 2, "accumulate_grad_batches": 2,
         "accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "ddp",
+        "threads": 2,
         "tensorboard": "true", "resume": "auto", "log_layers": "false",
     }  # fmt: skip
     ended = train(text, folder, **changes)
