@@ -18,7 +18,9 @@ __all__ = ["ModelConfig", "list_available_models", "load_model_config", "print_m
 
 
 def load_model_config(
-    config_identifier: str, config_dir: str | None = None, default_arch: str = ARCHITECTURE
+    config_identifier: str | os.PathLike[str],
+    config_dir: str | None = None,
+    default_arch: str = ARCHITECTURE,
 ) -> ModelConfig:
     """A preset by its short name (1.5b), its full name (rwkv7-1.5b) or the path of a JSON file.
 
@@ -27,8 +29,13 @@ def load_model_config(
     it. Identifiers with a `/` or `.json` at the end are paths. MissingFileError for what there is
     not, UserError for a file that is no preset.
     """
+    if not isinstance(config_identifier, str | os.PathLike):
+        raise UserError(
+            f"{config_identifier!r} names no preset: give text such as '1.5b', or the path of a "
+            "JSON file"
+        )
     presets = list_available_models(config_dir)
-    path = _path_of(config_identifier, presets, default_arch)
+    path = _path_of(os.fspath(config_identifier), presets, default_arch)
     return ModelConfig(_read_json(path), _source_of(path))
 
 

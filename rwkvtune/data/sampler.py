@@ -44,8 +44,8 @@ def magic_prime(num_tokens: int, ctx_len: int) -> int:
     if slots < 3:
         raise UserError(
             f"{num_tokens} tokens are too few for the published order at ctx_len {ctx_len}: it "
-            f"needs at least {3 * ctx_len} (3 windows). Give more data, use ctx_len <= "
-            f"{num_tokens // 3}, or choose the shuffled order, which needs {ctx_len + 1}."
+            f"needs at least {3 * ctx_len} (3 windows). Give more data"
+            f"{_or_less(num_tokens // 3)}, or choose the shuffled order, which needs {ctx_len + 1}."
         )
     candidate = slots - 1 - (slots - 1 - 2) % 3
     while not isprime(candidate):
@@ -177,8 +177,13 @@ def _check_one_window(num_tokens: int, ctx_len: int) -> None:
     if num_tokens < ctx_len + 1:
         raise UserError(
             f"{num_tokens} tokens are too few for ctx_len {ctx_len}: one window needs "
-            f"{ctx_len + 1}. Give more data or use ctx_len <= {max(num_tokens - 1, 0)}."
+            f"{ctx_len + 1}. Give more data{_or_less(num_tokens - 1)}."
         )
+
+
+def _or_less(longest: int) -> str:
+    """The other way out of too few tokens: the largest ctx_len that they are enough for."""
+    return f" or use ctx_len <= {longest}" if longest > 0 else ""
 
 
 def _digest(text: str) -> tuple[int, ...]:

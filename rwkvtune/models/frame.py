@@ -103,6 +103,11 @@ class LanguageModel(nn.Module):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give the model either input_ids or inputs_embeds")
+        if input_ids is not None and (input_ids.ndim != 2 or not input_ids.shape[1]):
+            raise UserError(
+                f"input_ids have the shape {list(input_ids.shape)}: expected [B, T] with at least "
+                "one token; one row of ids is ids[None]"
+            )
         dtype = compute_dtype(self.head.weight)
         # The residual stream keeps the weights' type: only what enters the matrix products is
         # rounded.

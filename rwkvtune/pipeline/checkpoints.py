@@ -41,7 +41,8 @@ def inspect_rwkv_checkpoint(checkpoint_path: str | os.PathLike[str]) -> dict[str
     Keys: checkpoint_path, file_size_mb (2^20 bytes), num_parameters, keys_sample (the first ten
     names), dtypes (type -> parameters) and, for RWKV of any version, detected_config (n_layer,
     n_embd, vocab_size, model_type, ctx_len, head_size_a), widths (all other dimensions) and odd
-    (what keeps it from being loaded, a line for each kind of tensors); else detection_error. MissingFileError, or UserError for what is no weights file.
+    (what keeps it from being loaded, a line for each kind of tensors); else detection_error.
+    MissingFileError, or UserError for what is no weights file.
     """
     path = Path(checkpoint_path).expanduser()
     header = header_of(path)

@@ -48,6 +48,13 @@ def test_a_released_preset_has_several_names_in_either_case(identifier: str) -> 
     assert config.config_source == "builtin:rwkv7-7.2b"
 
 
+def test_a_path_object_is_a_path_and_a_number_no_name(tmp_path: Path) -> None:
+    (tmp_path / "mouse.json").write_text(json.dumps(MADE_UP))
+    assert load_model_config(tmp_path / "mouse.json").n_embd == MADE_UP["architecture"]["n_embd"]
+    with pytest.raises(UserError, match="1.5 names no preset: give text"):
+        load_model_config(1.5)  # type: ignore[arg-type]
+
+
 def test_a_model_is_added_by_adding_its_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -438,6 +438,9 @@ def test_ids_and_embeddings_together_or_neither_are_refused(small: Any) -> None:
         small()
     with pytest.raises(UserError, match="either input_ids or inputs_embeds"):
         small(random_ids(1, 2), inputs_embeds=torch.zeros(1, 2, 64))
+    for ids in (random_ids(1, 2)[0], random_ids(1, 0)):
+        with pytest.raises(UserError, match=r"expected \[B, T\] with at least one token"):
+            small(ids)
 
 
 @every_version
