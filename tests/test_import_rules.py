@@ -56,7 +56,7 @@ ONLY_IN = {
     "lightning_fabric": r"training/fabric\.py",
     "lightning": r"training/fabric\.py",
     "pytorch_lightning": r"training/fabric\.py",
-    "deepspeed": r"training/fabric\.py",
+    "deepspeed": r"training/zero\.py",
     "transformers": r"(models/(vision|alternating)/.*|training/alternating)\.py",
     "peft": r"adapters/.*\.py",
     "bitsandbytes": r"adapters/.*\.py",

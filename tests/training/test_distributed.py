@@ -25,6 +25,7 @@ SETTINGS = {
     "n_layer": 2, "n_embd": 64, "ctx_len": 32, "threads": 1, "precision": "fp32",
     "accelerator": "cpu", "micro_bsz": 1, "accumulate_grad_batches": 2, "epoch_steps": 10,
     "epoch_count": 2, "log_every": 1, "val_every": 10, "reset_at_documents": "true",
+    "engine": "torch",
 }  # fmt: skip
 ALONE = {"accumulate_grad_batches": 4}
 TOLERANCE = 1e-5
