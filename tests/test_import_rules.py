@@ -74,8 +74,9 @@ MAY_SPELL_AS_PUBLISHED = (
     "configs/",
     "models/rwkv7/config.py",
 )
-# RWKVTUNE_MODELS is read wherever weights of a preset are looked for; DeepSpeed is told by variables.
-MAY_READ_ENVIRONMENT = r"(kernels/dispatch|configs/weights_file|training/zero|cli/.*)\.py"
+# RWKVTUNE_MODELS is read wherever weights of a preset are looked for; launchers and DeepSpeed talk
+# by variables.
+MAY_READ_ENVIRONMENT = r"(kernels/dispatch|configs/weights_file|training/(fabric|zero)|cli/.*)\.py"
 
 # `rwkvtune --help` runs these before anything else; torch alone would cost seconds.
 NEEDED_BY_HELP = r"(errors|files|weights_header|training/config|cli/.*|configs/.*)\.py"

@@ -309,6 +309,7 @@ def launched(fabric: Fabric, *, threads: int, same_for_all: str) -> Iterator[Non
     why, and the run's exit code is not zero. Leaving the block does not end a process: see finish.
     """
     try:
+        _meet_apart_from_earlier_attempts(fabric)
         fabric.launch()
         if threads:  # after the launch, which sets its own number
             torch.set_num_threads(threads)
@@ -332,6 +333,27 @@ def launched(fabric: Fabric, *, threads: int, same_for_all: str) -> Iterator[Non
         if _is_distributed():
             os._exit(code or 1)
         raise
+
+
+def _meet_apart_from_earlier_attempts(fabric: Fabric) -> None:
+    """Make the process group of a restart by torchrun, whose store still has the addresses of the
+    ranks that are gone: a rank that reads such a one gives up after some seconds.
+
+    Only where one agent runs all ranks: several count their restarts apart.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if attempt == "0" or not is_shared or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=False)
+    backend = getattr(fabric.strategy, "process_group_backend", None)
+    torch.distributed.init_process_group(
+        backend or ("nccl" if fabric.device.type == "cuda" else "gloo"),
+        store=torch.distributed.PrefixStore(f"rwkvtune/attempt-{attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
 
 
 GRACE_S = 3.0
