@@ -98,7 +98,8 @@ def fit(
     model, optimizer, progress = state.model, state.optimizer, state.progress
     folder = Path(output.proj_dir)
     first_epoch = progress.restart_step // plan.epoch_steps
-    trained = [p for p in model.parameters() if p.requires_grad]
+    # Not those of the model: sharded ones outside its blocks stay gathered after a validation.
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     group = sequence_group(fabric, plan.context_parallel)
     in_backward, zero = optimizer_options.fused_backward, state.zero
     model.train()
