@@ -1,11 +1,13 @@
 # Targets for people and for continuous integration. `make` alone lists them.
 #
 #   PYTHON  the interpreter that .venv is made with             make venv PYTHON=python3.12
+#   JOBS    how many processes run the tests                    make test JOBS=8
 #   CASES   how many damaged files `make fuzz` reads            make fuzz CASES=5000
 #   OUT     the folder that `make gpu-check` writes into        make gpu-check OUT=/data/results
 #   PEERS   a folder with other implementations, docs/gpu.md    make gpu-check PEERS=/data/peers
 PYTHON ?= python3
 OUT ?= benchmarks/results
+JOBS ?= 2
 CASES ?= 100000
 
 VENV_PYTHON := .venv/bin/python
@@ -23,7 +25,7 @@ help: ## list the targets
 venv: $(READY) ## make .venv with what the tests and the demo need
 
 test: $(READY) ## run the tests
-	$(VENV_PYTHON) -m pytest
+	$(VENV_PYTHON) -m pytest -n $(JOBS)
 
 test-faults: $(READY) ## kill, fill, cut and restart runs, and print what they lost
 	$(VENV_PYTHON) -m tests.faults

@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+
+# Several workers share the cores (pytest-xdist); threads that wait for each other would cost more.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 # Triton asks for this when it is imported, by whomever; its kernels then run on CPU tensors.

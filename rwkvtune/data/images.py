@@ -117,7 +117,8 @@ def read_picture(file: Any, name: str) -> Image:
             with Image.open(file) as picture:
                 return ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(repr(file), "").strip() or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error).replace(repr(file), "").strip()
+        reason = reason or type(error).__name__
         raise PictureError(f"{name}: no readable picture ({reason})") from error
 
 

@@ -123,8 +123,8 @@ class ChatRecipe:
         question = self._question()
         if question is not None:
             log.line(_told("asked", self.data.tokenizer.decode(question)))
-            log.line(_told("before", str(self.base["sample"])))
-            log.line(_told("after", str(tuned["sample"])))
+            log.line(_told("before", str(self.base["sample"]) or "(an empty answer)"))
+            log.line(_told("after", str(tuned["sample"]) or "(an empty answer)"))
         if self.fabric.is_global_zero:
             content = json.dumps({"base": self.base, "tuned": tuned}, ensure_ascii=False, indent=1)
             path = Path(self.config.output.proj_dir) / EVALUATION

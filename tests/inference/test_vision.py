@@ -108,7 +108,7 @@ def test_generate_answers_each_question_on_a_line_of_its_own(
     twice = capsys.readouterr().out
     assert once.endswith("\n") and twice.startswith(once) and twice.endswith("\n")
     assert guarded("vision", ["generate", str(folder), "--image", "no.jpg", "--prompt", "x"]) == 2
-    assert "no.jpg: no such picture" in capsys.readouterr().err
+    assert "no.jpg: no readable picture (No such file" in capsys.readouterr().err
 
 
 def test_eval_scores_exact_match_and_the_likeliest_option(
