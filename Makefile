@@ -53,13 +53,15 @@ lint: $(READY) ## ruff (rules and formatting) and mypy
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m mypy
 
-bench: $(READY) ## measure on this CPU: steps, recurrence, whole runs, generation, text to tokens
+bench: $(READY) ## measure on this CPU: steps, recurrence, whole runs, generation, data, vision, adapters
 	$(VENV_PYTHON) -m benchmarks.train_step
 	$(VENV_PYTHON) -m benchmarks.wkv
 	$(VENV_PYTHON) -m benchmarks.run
 	$(VENV_PYTHON) -m benchmarks.generate
 	$(VENV_PYTHON) -m benchmarks.data
 	$(VENV_PYTHON) -m benchmarks.vision
+	$(VENV_PYTHON) -m benchmarks.adapters
+	$(VENV_PYTHON) -m benchmarks.alternating
 
 gpu-check: ## GPU tests and benchmarks in one go, JSON into OUT=dir; without a GPU says so
 	@$(ANY_PYTHON) -m benchmarks.gpu_check --out "$(OUT)" $(if $(PEERS),--peers "$(PEERS)")

@@ -6,8 +6,10 @@
 
 `step`: forward, backward, clip and optimizer at L12 D768, in turn with that of full fine-tuning;
 `ratio` is the time over full fine-tuning's.  `memory`: bytes of a process per number of the model
-while it trains on so few tokens that activations hardly count, each combination in a process of its
-own.  `length`: peak memory of LoRA on rows of 1 and of 64 pieces of chunk_len tokens.
+while it trains on so few tokens that activations hardly count, and the most until it begins to,
+from a base in bf16, each combination in a process of its own.  `length`: peak memory of LoRA on
+rows of 1 and of 64 pieces of chunk_len tokens.  The result of a part alone goes into a file of its
+own.
 `optimizers`: the model and text of `make demo`, trained by each optimizer on the same batches, in
 turn step by step, so that a slow moment of the machine hits all alike: validation loss by step and
 by the seconds that each has taken.
@@ -21,7 +23,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +35,10 @@ from torch import Tensor
 from benchmarks import machine
 from rwkvtune.adapters.adapter import attach
 from rwkvtune.adapters.settings import AdapterSettings
+from rwkvtune.checkpoint import load_weights, save_weights
 from rwkvtune.data.batch import Batch
 from rwkvtune.demo.run import RECIPE, TEXT
-from rwkvtune.models import RWKV7Config, build_model
+from rwkvtune.models import RWKV7Config, build_model, fill_model
 from rwkvtune.models.frame import LanguageModel
 from rwkvtune.training.config import OptimizerOptions
 from rwkvtune.training.lm import next_token_loss
@@ -42,6 +46,7 @@ from rwkvtune.training.loop import clip_gradients
 from rwkvtune.training.memory import PeakMemory, keep_freed_memory
 from rwkvtune.training.optim import Kind, build_optimizer, set_hyperparameters
 
+PARTS = ("step", "memory", "length", "optimizers")
 CHUNK = 256
 OPTIMIZERS: tuple[Kind, ...] = ("adamw", "muon", "adamw8bit")
 STEPPED = ("full", "lora", "lora nf4", "lora int8", "dora", "miss", "state")
@@ -53,18 +58,23 @@ REMEMBERED: tuple[tuple[str, Kind, bool], ...] = (
     ("full", "muon", False),
     ("full", "muon", True),
     ("lora", "adamw", False),
+    ("lora", "adamw8bit", True),
     ("lora int8", "adamw", False),
     ("lora nf4", "adamw", False),
     ("lora nf4", "adamw8bit", True),
+    ("dora", "adamw", False),
+    ("miss", "adamw", False),
     ("state", "adamw", False),
+    ("state nf4", "adamw", False),
 )
 """(what is trained, optimizer, whether it steps inside the backward pass)."""
+REMEMBERED_MODEL = RWKV7Config(vocab_size=16384, n_layer=12, n_embd=768)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--only", nargs="+", default=["step", "memory", "length", "optimizers"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=400, help="of each optimizer")
     parser.add_argument("--micro_bsz", type=int, default=2)
@@ -81,18 +91,13 @@ def main() -> None:
             args.device, micro_bsz=args.micro_bsz, ctx_len=args.ctx_len, repeats=args.repeats
         )
     if "memory" in args.only:
-        result["memory"] = [
-            alone(device=args.device, what=what, kind=kind, in_backward=inside, chunks=0)
-            for what, kind, inside in REMEMBERED
-        ]
+        result["memory"] = measure_memory(args.device)
     if "length" in args.only:
-        result["length"] = [
-            alone(device=args.device, what="lora", kind="adamw", in_backward=False, chunks=chunks)
-            for chunks in (1, 64)
-        ]
+        result["length"] = measure_length(args.device)
     if "optimizers" in args.only:
         result["optimizers"] = compare_optimizers(args.device, args.steps)
-    machine.write(args.out, f"adapters-{args.device}", result)
+    parts = [] if set(args.only) == set(PARTS) else args.only
+    machine.write(args.out, "-".join(["adapters", *parts, args.device]), result)
 
 
 def measure_steps(
@@ -125,18 +130,24 @@ def training_step(
     *,
     kind: Kind = "adamw",
     in_backward: bool = False,
+    base: Mapping[str, Tensor] | None = None,
 ) -> Callable[[], None]:
     """A whole optimizer step of `what`, such as "full" or "lora nf4", as the loop does it in
-    bf16."""
-    with torch.device(device):
-        model = build_model(config, initial_values=False)
-    with torch.no_grad():  # published initial values take longer than all steps
-        for parameter in model.parameters():
-            parameter.normal_(std=0.02)
+    bf16.
+
+    base: weights to begin with, as a run would load them; None = random ones.
+    """
     peft, _, quant = what.partition(" ")
+    with torch.device(device if base is None else "cpu"):
+        model = build_model(config, initial_values=False)
+    if base is None:
+        randomize(model)
+    else:
+        fill_model(model, base, "base.pth", copy=not quant)
     if peft != "full":
         settings = AdapterSettings(peft, quant=quant or "none")
         attach(model, settings, "base.pth", compute_dtype=torch.bfloat16)
+    model.to(device)
     optimizer = build_optimizer(
         model.named_parameters(),
         lr_init=1e-4,
@@ -157,6 +168,13 @@ def training_step(
             optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def randomize(model: LanguageModel) -> None:
+    """Values of the right size: published initial ones take longer than all steps."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
 
 
 def backward(model: LanguageModel, device: str, batches: list[Batch]) -> None:
@@ -232,6 +250,28 @@ def compare_optimizers(device: str, steps: int) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_memory(device: str) -> list[dict[str, Any]]:
+    """Rows of `memory`."""
+    model = build_model(REMEMBERED_MODEL, initial_values=False)
+    randomize(model)
+    with tempfile.TemporaryDirectory() as folder:
+        base = str(Path(folder) / "base.safetensors")
+        save_weights(base, model.state_dict(), dtype="bf16")
+        del model
+        return [
+            alone(device=device, what=what, kind=kind, in_backward=inside, chunks=0, base=base)
+            for what, kind, inside in REMEMBERED
+        ]
+
+
+def measure_length(device: str) -> list[dict[str, Any]]:
+    """Rows of `length`."""
+    return [
+        alone(device=device, what="lora", kind="adamw", in_backward=False, chunks=chunks)
+        for chunks in (1, 64)
+    ]
+
+
 def alone(**what: Any) -> dict[str, Any]:
     """memory_of in a process of its own, which returns what is freed at once: its peak is what was
     alive."""
@@ -247,17 +287,18 @@ def alone(**what: Any) -> dict[str, Any]:
 
 
 def memory_of(
-    *, device: str, what: str, kind: Kind, in_backward: bool, chunks: int
+    *, device: str, what: str, kind: Kind, in_backward: bool, chunks: int, base: str = ""
 ) -> dict[str, Any]:
-    """Bytes that three steps add to the process.
+    """Bytes that three steps add to the process, and those that getting there does.
 
     chunks: pieces of CHUNK tokens in a row; 0 = 16 tokens, for the bytes per number of the model.
+    base: weights file to begin with; empty = random weights.
     """
     if chunks:
         config = RWKV7Config(vocab_size=256, n_layer=4, n_embd=256)
         ids = torch.randint(256, (1, CHUNK * chunks + 1), device=device)
     else:
-        config = RWKV7Config(vocab_size=16384, n_layer=12, n_embd=768)
+        config = REMEMBERED_MODEL
         ids = torch.randint(256, (1, 17), device=device)
     batches = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()).chunks(CHUNK)
     # What is loaded once and is not memory for training: kernels, and libraries that come late.
@@ -266,14 +307,23 @@ def memory_of(
     training_step(tiny, what, device, few, kind=kind, in_backward=in_backward)()
     memory = PeakMemory(device)
     before = memory.before if device == "cpu" else torch.cuda.memory_allocated()
-    step = training_step(config, what, device, batches, kind=kind, in_backward=in_backward)
+    weights = load_weights(base) if base else None
+    step = training_step(
+        config, what, device, batches, kind=kind, in_backward=in_backward, base=weights
+    )
+    loading = (memory.used() or 0) - before
+    machine.forget_peak_memory(device)
     for _ in range(3):
         step()
     used = (memory.used() or 0) - before
     row = {"what": what, "optimizer": kind, "fused_backward": in_backward}
     if chunks:
         return {"what": what, "tokens": CHUNK * chunks, "chunk_len": CHUNK, "mb": used // 10**6}
-    return row | {"mb": used // 10**6, "bytes_per_number": round(used / config.num_parameters, 2)}
+    return row | {
+        "mb": used // 10**6,
+        "bytes_per_number": round(used / config.num_parameters, 2),
+        "loading_mb": loading // 10**6,
+    }
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ import torch
 
 from benchmarks import machine
 from rwkvtune.models.alternating.config import DECODER_CONFIGS
-from rwkvtune.models.alternating.masks import Variant
 from rwkvtune.models.alternating.model import (
     LlavaQwenWithAlternatingAttnModel,
     LlavaQwenWithAlternatingCrossAttnModel,
 )
+from rwkvtune.models.alternating.variants import Variant
 
 LAYER: dict[str, Any] = {
     "vocab_size": 32,

@@ -99,6 +99,14 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def forget_peak_memory(device: str) -> None:
+    """Let the peak of rwkvtune's PeakMemory begin anew from what is in use now."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif (clear := Path("/proc/self/clear_refs")).exists():
+        clear.write_text("5")  # man 5 proc: VmHWM
+
+
 def write(folder: Path, name: str, result: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['date']}-{name}.json"

@@ -267,10 +267,10 @@ class RunFolderLock:
 
 def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
     """A new file, open, that can be renamed to `path`; UserError when there may be none."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     with _refusals_explained(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "a folder has that name")
+        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
         _make_folder(path.parent)
         return temporary, open(temporary, "wb")
 

@@ -205,16 +205,21 @@ def _checked(model: LanguageModel, base_path: str, folder: Path) -> AdapterSetti
 
 
 def read_about(folder: Path) -> dict[str, Any] | None:
-    """What an adapter folder says of itself; None for one that another program wrote."""
+    """What an adapter folder says of itself; None for one that another program wrote.
+
+    UserError when it is damaged, or of a later version.
+    """
     path = folder / ABOUT_FILE
     if not path.exists():
         return None
     try:
         about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        is_known = about["format"] == FORMAT and {"adapter", "base"} <= about.keys()
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if about["format"] == FORMAT:
+            AdapterSettings(**about["adapter"])
+            Base(**about["base"])
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: copy the folder again") from None
-    if not is_known:
+    if about["format"] != FORMAT:
         raise UserError(f"{path} has format {about['format']}, this version reads {FORMAT}")
     return about
 

@@ -1,11 +1,26 @@
-"""Low-rank adapters on the decoder of an alternating or LLaVA-OneVision model, by peft."""
+"""Low-rank adapters on the decoder of an alternating or LLaVA-OneVision model, by peft.
+
+An adapter folder holds peft's own files, and
+    trained.safetensors   what else has learned, such as the projector
+    rwkvtune.json   the model that it belongs to
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from rwkvtune.adapters.adapter import ABOUT_FILE, FORMAT, read_about
+from rwkvtune.adapters.base import Base, base_from
+from rwkvtune.checkpoint import load_weights, save_weights
+from rwkvtune.errors import UserError
+from rwkvtune.files import atomic_directory
+
+TRAINED_FILE = "trained.safetensors"
 
 
 def add_lora(model: Any, *, r: int, alpha: int, dropout: float, bias: Any) -> Any:
@@ -30,24 +45,53 @@ def add_lora(model: Any, *, r: int, alpha: int, dropout: float, bias: Any) -> An
     return wrapped
 
 
+def save_lora(model: Any, folder: Path, base_path: str) -> None:
+    """Write all that has learned in a model with adapters, and which model it belongs to.
+
+    base_path: where that one lies.
+    """
+    inside = model.get_base_model()
+    learned = {n: p for n, p in inside.named_parameters() if p.requires_grad and ".lora_" not in n}
+    plain = {n.replace(".base_layer", ""): p.detach() for n, p in learned.items()}
+    frozen = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in inside.state_dict().items()
+        if name not in learned and ".lora_" not in name
+    }
+    base = base_from(frozen, inside.config.model_type, base_path)
+    about = {"format": FORMAT, "adapter": {"kind": "lora"}, "base": dataclasses.asdict(base)}
+    with atomic_directory(folder) as temporary:
+        model.save_pretrained(temporary)
+        save_weights(temporary / TRAINED_FILE, plain)
+        (temporary / ABOUT_FILE).write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
 def merged(model: Any) -> Any:
     """The model with its adapters added into its matrices; others come back as they are."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
-def merge_adapter(model: Any, folder: str | Path) -> Any:
-    """The model with a peft adapter of that folder merged in.
+def merge_adapter(model: Any, folder: str | Path, path: str) -> Any:
+    """The model of a path with a peft adapter of that folder merged in, and with what else had
+    learned beside it.
 
-    UserError when the folder holds none or it is made for other matrices.
+    UserError when the folder holds none, or it is made for another model.
     """
     from peft import PeftModel
 
-    from rwkvtune.errors import UserError
-
-    if not (Path(folder) / "adapter_config.json").exists():
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").exists():
         raise UserError(f"{folder} holds no peft adapter: it has no adapter_config.json")
+    about, learned = read_about(folder), dict[str, Tensor]()
+    if about is not None:
+        learned = load_weights(folder / TRAINED_FILE)
+        frozen = {n: t for n, t in model.state_dict().items() if n not in learned}
+        found = base_from(frozen, model.config.model_type, path)
+        Base(**about["base"]).check(found, str(folder))
     try:
-        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        plain = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        plain.load_state_dict(learned, strict=False)
+        return plain
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the adapter {folder} does not fit this model: {reason}") from error

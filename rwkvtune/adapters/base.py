@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from rwkvtune.errors import UserError
 from rwkvtune.models.frame import LanguageModel
@@ -39,11 +41,15 @@ class Base:
 def base_of(model: LanguageModel, path: str) -> Base:
     """The reference to a model that holds the weights of a file, before anything is quantized or
     wrapped.  Reads all values: about a second per GB."""
+    tensors = {n: t for n, t in model.state_dict().items() if n not in model.unused}
+    return base_from(tensors, model.config.version, path)
+
+
+def base_from(tensors: Mapping[str, Tensor], version: str, path: str) -> Base:
+    """The reference to a model of these tensors."""
     shapes, content = hashlib.sha256(), hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name in model.unused:
-            continue
+    for name, tensor in sorted(tensors.items()):
         shapes.update(f"{name} {list(tensor.shape)}\n".encode())
         flat = tensor.detach().to("cpu", torch.float32).contiguous().view(-1)
         content.update(flat.view(torch.uint8).numpy().data)
-    return Base(path, model.config.version, shapes.hexdigest(), content.hexdigest())
+    return Base(path, version, shapes.hexdigest(), content.hexdigest())

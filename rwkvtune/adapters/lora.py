@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rwkvtune.adapters.settings import ALPHA, LORA_KINDS, AdapterSettings, check_pattern
 from rwkvtune.checkpoint import load_weights, save_weights
-from rwkvtune.errors import UserError
+from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.models.frame import LanguageModel
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -165,21 +165,30 @@ def put(model: LanguageModel, folder: Path) -> Any:
     UserError when the folder's tensors are not exactly those that its configuration asks for.
     """
     peft = _peft()
+    if not (folder / CONFIG_FILE).is_file():  # peft would look for it on a model hub
+        raise MissingFileError(f"{folder} has no {CONFIG_FILE}: copy the folder again")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.base_model_name_or_path = None  # ours is checked by its content, not its name
         wrapped = peft.get_peft_model(model, config)
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise UserError(f"{folder} does not fit this base: {str(error).splitlines()[0]}") from error
-    weights = load_weights(folder / WEIGHTS_FILE)
+    file = folder / WEIGHTS_FILE
+    weights = load_weights(file)
     named = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     differing = sorted(named.keys() ^ weights.keys())
     if differing:
         raise UserError(
-            f"{folder / WEIGHTS_FILE} does not hold what its configuration says: {differing[0]} "
+            f"{file} does not hold what its configuration says: {differing[0]} "
             + ("is missing" if differing[0] in named else "has no place")
             + f" ({len(differing)} such tensors)"
         )
+    for name, tensor in weights.items():
+        if tensor.shape != named[name].shape:
+            raise UserError(
+                f"{file} does not hold what its configuration says: {name} has shape "
+                f"{list(tensor.shape)}, needs {list(named[name].shape)}"
+            )
     peft.set_peft_model_state_dict(wrapped, weights)
     return wrapped
 

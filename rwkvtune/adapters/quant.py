@@ -151,8 +151,9 @@ class QuantReport:
     kept: dict[str, int]
     """Parameters in full precision -> bytes."""
     bytes_before: int
-    """Of all parameters and buffers of the model."""
+    """Of all parameters and buffers of the model in fp32."""
     bytes_after: int
+    """As they are now."""
 
     def in_words(self) -> str:
         """One line for the start of a run."""
@@ -166,9 +167,12 @@ class QuantReport:
 
 
 def quantize(model: nn.Module, kind: str, *, names: str = PROJECTIONS) -> QuantReport:
-    """Pack the projections of a model in place, where it stands (CPU or GPU), and freeze them.
+    """Pack the projections of a model in place, where it stands (CPU or GPU), and freeze them; all
+    other parameters are fp32 then.
 
-    The weights must be loaded, and nothing may be wrapped around the projections yet.
+    The weights must be loaded, and nothing may be wrapped around the projections yet. They may be
+    tensors of a memory-mapped file, of any float type, from which nothing is kept: then packing
+    takes only as much memory as the largest of them.
     kind: 4bit (= nf4), nf4, fp4, 8bit (= int8) or int8.
     names: regular expression that the whole name of an nn.Linear must match to be packed.
     UserError for an unknown kind, or when no nn.Linear of that name is there.
@@ -183,13 +187,15 @@ def quantize(model: nn.Module, kind: str, *, names: str = PROJECTIONS) -> QuantR
             f"quant={kind}: no projection is called {names}; there are "
             + (", ".join(list(linears)[:8]) or "none at all")
         )
-    before = bytes_of(model)
+    before = sum(4 * t.numel() for t in (*model.parameters(), *model.buffers()))
     for name in chosen:
         linear = linears[name]
         assert not linear.weight.is_meta, f"{name} has no values yet: load the weights first"
         assert not name.endswith(".base_layer"), f"{name} is wrapped already: quantize first"
         assert not isinstance(linear, QuantizedLinear), f"{name} is quantized already"
         _replace(model, name, QuantizedLinear.of(linear, KINDS[kind]))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32, copy=True)
     kept = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
     return QuantReport(KINDS[kind], tuple(chosen), kept, before, bytes_of(model))
 

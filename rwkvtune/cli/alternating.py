@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rwkvtune.cli.arguments import OneLineParser
 from rwkvtune.errors import UserError
+from rwkvtune.models.alternating.variants import Variant
 
 if TYPE_CHECKING:
     from rwkvtune.evaluation.alternating import VisualAttention
@@ -50,8 +52,16 @@ def _parser(name: str, about: str, *, data: str = "") -> OneLineParser:
 
 
 def _with_masks(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--variant", help="another class with the same weights")
+    parser.add_argument(
+        "--variant", choices=get_args(Variant), help="another class with the same weights"
+    )
     parser.add_argument("--schedule", default="", help="other special layers")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number, 0 = all")
+    return int(text)
 
 
 def _loaded(args: argparse.Namespace, name: str) -> tuple[Any, Any]:
@@ -126,7 +136,7 @@ def attention(argv: list[str]) -> int:
         data="questions: BLINK's form or LLaVA's",
     )
     _with_masks(parser)
-    parser.add_argument("--limit", type=int, default=0, help="samples (default: all)")
+    parser.add_argument("--limit", type=_count, default=0, help="samples (default: all)")
     parser.add_argument("--output", type=Path, required=True, help="writes OUTPUT.csv and .png")
     args = parser.parse_args(argv)
     from rwkvtune.evaluation.alternating import Prompts, read_questions, visual_attention
@@ -148,10 +158,10 @@ def attention(argv: list[str]) -> int:
     table = AttentionTable()
     csv_path, png_path = (args.output.with_name(args.output.name + end) for end in (".csv", ".png"))
     table.write(csv_path, samples())
-    mean, spread = table.mean_and_spread()
+    mean, _ = table.mean_and_spread()
     text = model.config.get_text_config()
     special = text.special_layers() if hasattr(text, "mask_schedule") else [False] * len(mean)
-    draw_attention(mean, spread, special, png_path)
+    draw_attention(table, special, png_path)
     for layer, share in enumerate(mean.mean(1).tolist()):
         print(f"layer {layer}{' (special)' if special[layer] else ''}: {share:.4f}")
     print(f"{table.count} samples; wrote {csv_path} and {png_path}")
@@ -167,7 +177,7 @@ def evaluate(argv: list[str]) -> int:
     )
     _with_masks(parser)
     parser.add_argument("--baseline", default="", help="another checkpoint, compared pair by pair")
-    parser.add_argument("--limit", type=int, default=0, help="questions (default: all)")
+    parser.add_argument("--limit", type=_count, default=0, help="questions (default: all)")
     parser.add_argument("--output", type=Path, help="answers as JSON lines")
     args = parser.parse_args(argv)
     from rwkvtune.evaluation.alternating import (
@@ -224,7 +234,10 @@ def sweep(argv: list[str]) -> int:
         help="comma list (default: %(default)s)",
     )
     parser.add_argument(
-        "--schedules", default="alternate_keep_last", help="comma list (default: %(default)s)"
+        "--schedules",
+        default="alternate_keep_last",
+        help="comma list; layers by their numbers are one schedule: first_k:2;1,3;2,4 are three "
+        "(default: %(default)s)",
     )
     own, further = _split_at_dashes(argv)
     args = parser.parse_args(own)
@@ -240,7 +253,7 @@ def sweep(argv: list[str]) -> int:
         raise UserError("; ".join(wrong))
     questions = read_questions(args.test_path)
     results = []
-    for cell in cells_of(args.variants.split(","), args.schedules.split(",")):
+    for cell in cells_of(args.variants.split(","), _schedules(args.schedules)):
         print(f"== {cell.variant}, schedule {cell.schedule}", flush=True)
         result = run_cell(cell, settings, questions, args.output / cell.name, say=print)
         if isinstance(result, int):
@@ -248,6 +261,11 @@ def sweep(argv: list[str]) -> int:
         results.append(result)
     print(table(results))
     return 0
+
+
+def _schedules(text: str) -> list[str]:
+    """Between commas or semicolons; numbers between commas are one list of layers."""
+    return re.findall(r"\d+(?:,\d+)*(?=[,;]|$)|[^,;]+", text)
 
 
 def _split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rwkvtune.cli.train import OneLineParser, with_plain_booleans
 from rwkvtune.errors import MissingFileError, UserError
+from rwkvtune.models.alternating.variants import read_config, variant_of_config
 from rwkvtune.training.alternating_config import AlternatingSettings
 from rwkvtune.training.config import option_groups
 
 if TYPE_CHECKING:
+    from rwkvtune.data.llava_dataset import LlavaDataset
     from rwkvtune.inference.alternating import Checkpoint, LoadReport
 
 ABOUT = """Train LLaVA-OneVision/Qwen2 models some of whose layers attend within one modality
@@ -70,10 +73,12 @@ class _Run:
         self.result: dict[str, Any] = {}
 
     def say(self, text: str) -> None:
+        if os.environ.get("RANK", "0") != "0":  # torchrun's other processes would say it again
+            return
         print(text, file=sys.stderr if self.settings.task.json else sys.stdout, flush=True)
 
     def done(self, code: int = 0) -> int:
-        if self.settings.task.json:
+        if self.settings.task.json and os.environ.get("RANK", "0") == "0":
             print(json.dumps({**self.result, "exit_code": code}, default=str))
         return code
 
@@ -85,17 +90,29 @@ class _Run:
             self._check_data_path()
             if not (task.inspect_data or self.settings.trainer.output_dir):
                 raise UserError("--output_dir is missing: name the folder for the trained model")
+        folder = Path(self._name())
+        if task.dry_run and folder.is_dir():
+            # Without torch and transformers, whose imports take seconds.
+            raw = read_config(folder)
+            self._detected(raw.get("model_type"), variant_of_config(raw))
+            return self._end_of_dry_run()
         checkpoint = self._open()
-        self.say(f"Detected model_type: {checkpoint.model_type}")
-        self.result |= {"model_type": checkpoint.model_type, "variant": checkpoint.variant}
+        self._detected(checkpoint.model_type, checkpoint.variant)
         if task.dry_run:
-            self.say("dry run: nothing was loaded")
-            return self.done()
+            return self._end_of_dry_run()
         if not self._is_variant(checkpoint):
             return self.done(MISMATCH)
         if task.inspect_data:
             return self._inspect_data(checkpoint)
         return self._with_model(checkpoint)
+
+    def _detected(self, model_type: str | None, variant: str | None) -> None:
+        self.say(f"Detected model_type: {model_type}")
+        self.result |= {"model_type": model_type, "variant": variant}
+
+    def _end_of_dry_run(self) -> int:
+        self.say("dry run: nothing was loaded")
+        return self.done()
 
     def _check_data_path(self) -> None:
         path = self.settings.data.data_path
@@ -107,12 +124,17 @@ class _Run:
     def _open(self) -> Checkpoint:
         from rwkvtune.inference.alternating import Checkpoint  # torch and transformers: seconds
 
+        task = self.settings.task
+        return Checkpoint.open(
+            self._name(), allow_download=task.allow_download, config_only=task.dry_run
+        )
+
+    def _name(self) -> str:
+        """Of the checkpoint that is looked at."""
         model = self.settings.model
         if self.from_backbone:
-            name = model.backbone_model
-        else:
-            name = model.alt_checkpoint or model.model_name_or_path or model.backbone_model
-        return Checkpoint.open(name, allow_download=self.settings.task.allow_download)
+            return model.backbone_model
+        return model.alt_checkpoint or model.model_name_or_path or model.backbone_model
 
     @property
     def from_backbone(self) -> bool:
@@ -196,6 +218,9 @@ class _Run:
         from rwkvtune.models.alternating.tokenizer import load_tokenizer
 
         settings, task = self.settings, self.settings.task
+        checkpoint.check_family()
+        tokenizer = None if task.inspect_weights else load_tokenizer(checkpoint.folder)
+        dataset = self._samples(tokenizer)
         attention = settings.model.attn_implementation or None
         common: dict[str, Any] = {
             "vision_tower": settings.model.vision_tower,
@@ -211,12 +236,14 @@ class _Run:
             variant: Any = task.force_class or task.variant
             variant = "alternating" if variant == "auto" else variant
             if settings.model.model_name_or_path:
-                target = Checkpoint.open(settings.model.model_name_or_path)
-                self.say(f"all but the language model is from {target.folder}")
-                model, report = into_checkpoint(target, checkpoint, variant, **common)
-                notes = [f"copied {len(report.matched)} params from backbone into {variant} model"]
+                target = Checkpoint.open(
+                    settings.model.model_name_or_path, allow_download=task.allow_download
+                )
+                model, report, notes = into_checkpoint(target, checkpoint, variant, **common)
             else:
-                model, report, notes = from_backbone(checkpoint, variant, **common)
+                model, report, notes = from_backbone(
+                    checkpoint, variant, allow_download=task.allow_download, **common
+                )
             for note in notes:
                 self.say(note)
             naming = "llava"
@@ -231,11 +258,24 @@ class _Run:
         if settings.model.lora_weight_path:
             from rwkvtune.adapters.alternating import merge_adapter
 
-            model = merge_adapter(model, settings.model.lora_weight_path)
-        tokenizer = load_tokenizer(checkpoint.folder)
+            lora = settings.model.lora_weight_path
+            model = merge_adapter(model, lora, str(checkpoint.folder))
         if task.dry_run_step:
-            return self._dry_run_step(model, tokenizer, report)
-        return self._train(model, tokenizer, checkpoint, naming)
+            return self._dry_run_step(model, tokenizer, dataset, report)
+        return self._train(model, tokenizer, dataset, checkpoint, naming)
+
+    def _samples(self, tokenizer: Any) -> LlavaDataset | None:
+        """Those to train on, looked at before any weights are loaded; None where nothing needs
+        them."""
+        task, path = self.settings.task, self.settings.data.data_path
+        if task.inspect_weights or (task.dry_run_step and not path):
+            return None
+        from rwkvtune.training.alternating import checked_samples
+
+        self._check_data_path()
+        dataset = checked_samples(tokenizer, self.settings)
+        self.say(f"Dataset loaded. Number of samples: {len(dataset)}")
+        return dataset
 
     def _refuse_gaps(self, model: Any, checkpoint: Checkpoint, report: LoadReport) -> None:
         """A language model that a backbone does not fill whole is not trained on; inspecting it is
@@ -277,7 +317,10 @@ class _Run:
             for name in names[:SHOWN]:
                 self.say(f"  {name}")
 
-    def _dry_run_step(self, model: Any, tokenizer: Any, report: LoadReport) -> int:
+    def _dry_run_step(
+        self, model: Any, tokenizer: Any, dataset: LlavaDataset | None, report: LoadReport
+    ) -> int:
+        from rwkvtune.inference.alternating import variant_of_model
         from rwkvtune.training import alternating
 
         settings = self.settings
@@ -285,7 +328,8 @@ class _Run:
         self.result |= {
             "class": f"{kind.__module__}.{kind.__qualname__}",
             "decoder_class": type(decoder).__qualname__,
-            "model_type": model.config.model_type,
+            "variant": variant_of_model(model),
+            "built_model_type": model.config.model_type,
             "schedule": alternating.schedule_in_words(model),
             "parameters": sum(p.numel() for p in model.parameters()),
             "missing": report.missing,
@@ -293,15 +337,13 @@ class _Run:
         }
         self.say(f"class: {self.result['class']}")
         self.say(f"decoder: {self.result['decoder_class']}, schedule {self.result['schedule']}")
-        self.say(f"model_type: {model.config.model_type}")
+        self.say(f"variant: {self.result['variant']}, model_type: {model.config.model_type}")
         self.say(
             f"parameters: {self.result['parameters']:,}; tensors missing: {len(report.missing)}, "
             f"unexpected: {len(report.unexpected)}"
         )
-        if settings.data.data_path:
-            self._check_data_path()
-            module = alternating.data_module(model, tokenizer, settings)
-            dataset, collate = module["train_dataset"], module["data_collator"]
+        if dataset is not None:
+            collate = alternating.data_module(model, dataset)["data_collator"]
             batch = collate([dataset[0]])
             self.say("one step on the first sample of the data")
         else:
@@ -325,14 +367,15 @@ class _Run:
             return self.done(STEP_FAILED)
         return self.done()
 
-    def _train(self, model: Any, tokenizer: Any, checkpoint: Checkpoint, naming: Any) -> int:
+    def _train(
+        self, model: Any, tokenizer: Any, dataset: Any, checkpoint: Checkpoint, naming: Any
+    ) -> int:
         from rwkvtune.training import alternating
 
         settings = self.settings
         if settings.trainer.save_naming != "auto":
             naming = settings.trainer.save_naming
-        module = alternating.data_module(model, tokenizer, settings)
-        self.say(f"Dataset loaded. Number of samples: {len(module['train_dataset'])}")
+        module = alternating.data_module(model, dataset)
         self.say(
             f"decoder: {type(model.get_decoder()).__name__}, {alternating.schedule_in_words(model)}"
         )

@@ -244,6 +244,8 @@ def evaluate(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.max_tokens < 1 or args.batch_size < 1:
         raise UserError("--max_tokens and --batch_size must be at least 1")
+    if args.image_folder is not None and not args.image_folder.is_dir():
+        raise UserError(f"--image_folder {args.image_folder}: there is no such folder")
     from rwkvtune.evaluation.vision import evaluate_questions, read_questions, table
     from rwkvtune.files import check_writable
 
@@ -304,7 +306,7 @@ def _load(args: Any) -> Any:
     if args.device == "cuda" and not sees_gpu:
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu")
     device = ("cuda" if sees_gpu else "cpu") if args.device == "auto" else args.device
-    return load_vision(
+    system = load_vision(
         args.file,
         load_model=args.load_model,
         encoder_path=args.encoder_path,
@@ -313,3 +315,6 @@ def _load(args: Any) -> Any:
         device=device,
         dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype],
     )
+    for note in system.notes:
+        print(note, file=sys.stderr)
+    return system

@@ -63,7 +63,6 @@ FLAGS = (
     Flag("data_type", "visual", "visual, or img: the form with placeholders"),
     Flag("my_testing", "x070", "the model's version; only x070 is trained here"),
     Flag("head_size_a", "64", "confirms the file's channels per head; the setting head_size"),
-    Flag("dim_att", "0", "confirms the width of the attention, which is n_embd"),
     Flag("copy", "1", "times that epoch_steps counts"),
     Flag("my_exit", "99999999", "number of the last mini-epoch"),
     _refused("head_size_divisor", "8", "the normalisation's eps is that of the divisor 8"),
@@ -157,7 +156,8 @@ def translate(argv: list[str]) -> tuple[VisionConfig, list[str]]:
     ]
     if ignored:
         notes.append(f"ignored, as in the published program: {', '.join(ignored)}")
-    _translate_shapes(published, values, given)
+    if published["head_size_a"] != "64" and "head_size" not in given:
+        values["head_size"] = int(published["head_size_a"])
     _translate_length(published, values)
     strategy = values.get("strategy", "auto")
     if strategy in STRATEGIES:
@@ -191,36 +191,29 @@ def _refusals(published: Mapping[str, str], values: Mapping[str, Any]) -> list[s
         problems.append(f"--data_type {data_type}: {reason}")
     if "x070" not in published["my_testing"]:
         problems.append(f"--my_testing {published['my_testing']}: only x070 is trained here")
-    numbers = ("copy", "my_exit", "head_size_a", "dim_att")
+    numbers = ("copy", "my_exit", "head_size_a")
     problems += [
         f"--{name} {published[name]}: give a whole number"
         for name in numbers
         if not published[name].isdecimal()
     ]
     for name in ("peft", "quant"):
-        if values.get(name) in ("miss", "adalora", "prefix", "fp8"):
+        if values.get(name) in ("adalora", "prefix", "fp8"):
             problems.append(f"--{name} {values[name]}: is not there for vision runs")
     return problems
-
-
-def _translate_shapes(
-    published: Mapping[str, str], values: dict[str, Any], given: Mapping[str, Any]
-) -> None:
-    if published["head_size_a"] != "64" and "head_size" not in given:
-        values["head_size"] = int(published["head_size_a"])
-    width = int(published["dim_att"])
-    if width and "n_embd" not in given:
-        values["n_embd"] = width
-    elif width and width != given.get("n_embd"):
-        raise UserError(
-            f"--dim_att {width}: the attention is as wide as n_embd ({given.get('n_embd')}); leave "
-            "it out"
-        )
 
 
 def _translate_length(published: Mapping[str, str], values: dict[str, Any]) -> None:
     if isinstance(values["epoch_steps"], int):
         values["epoch_steps"] *= int(published["copy"])
-    last = int(published["my_exit"]) + 1 - int(values.get("epoch_begin", 0))
+    begin = values.get("epoch_begin", 0)
+    if not isinstance(begin, int):
+        return  # told with all that is wrong
+    last = int(published["my_exit"]) + 1 - begin
+    if last < 1:
+        raise UserError(
+            f"--my_exit {published['my_exit']} lies before the first mini-epoch, --epoch_begin "
+            f"{begin}: nothing would be trained"
+        )
     if isinstance(values["epoch_count"], int):
-        values["epoch_count"] = max(0, min(values["epoch_count"], last))
+        values["epoch_count"] = min(values["epoch_count"], last)

@@ -68,10 +68,13 @@ def stream_records(path: Path) -> Iterator[tuple[Place, dict[str, Any]]]:
             yield from _lines(path, file)
             return
         scanner = _Scanner(path, file)
-        if scanner.peek() == "{":
+        is_wrapped = scanner.peek() == "{"
+        if is_wrapped:
             _go_to_first_list(scanner)
         for place, value in _array(scanner):
             yield place, _checked(value, f"{path}: the item at byte {place.start:,}")
+        if not is_wrapped:
+            scanner.take("")
 
 
 def _is_json_lines(path: Path, file: BinaryIO) -> bool:
@@ -134,6 +137,7 @@ def _array(scanner: _Scanner) -> Iterator[tuple[Place, Any]]:
         yield scanner.value()
         if scanner.peek() != "]":
             scanner.take(",")
+    scanner.take("]")
 
 
 class _Scanner:
@@ -165,11 +169,13 @@ class _Scanner:
                 return ""
 
     def take(self, character: str) -> None:
+        """Go past a character, or nowhere where "" is the end of the file; else UserError."""
         found = self.peek()
         if found != character:
-            raise self._damaged(f"expected {character!r}, found {found!r}")
-        self._at += 1
-        self._byte += 1
+            wanted = repr(character) if character else "the end of the file"
+            raise self._damaged(f"expected {wanted}, found {found!r}")
+        self._at += len(character)
+        self._byte += len(character)
 
     def value(self) -> tuple[Place, Any]:
         """The next value, read whole, and its place."""

@@ -86,6 +86,12 @@ class ImageProcessor:
                 f"image_aspect_ratio={self.image_aspect_ratio} is not supported: choose square, "
                 "pad, anyres or anyres_max_N"
             )
+        merge = self.mm_patch_merge_type
+        if not re.fullmatch(r"flat|spatial(_(unpad|maxpool2x2|nobase))*", merge):
+            raise UserError(
+                f"mm_patch_merge_type={merge} is not known: choose flat, spatial or spatial_unpad, "
+                "also with _maxpool2x2 or _nobase"
+            )
         canvases(self.image_grid_pinpoints, self.view_size)
 
     @property

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -151,11 +151,16 @@ class Assembly:
         for number, part in enumerate(parts):
             if number:
                 pieces += [_ids([VISION_START]), self._pictures(1), _ids([VISION_END])]
-            pieces.append(_ids(self.tokenizer.encode(part)))
+            pieces.append(_ids(self._encode(part)))
         ids, labels, is_image = (np.concatenate(p) for p in zip(*pieces, strict=True))
         if who == "Assistant":
             labels = ids.copy()
         return ids, labels, is_image
+
+    @cached_property
+    def _encode(self) -> Callable[[str], list[int]]:
+        """Remembers: the same few instructions stand before hundreds of thousands of captions."""
+        return lru_cache(maxsize=1024)(self.tokenizer.encode)
 
     def _pictures(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         tokens = count * self.image_tokens
@@ -350,9 +355,6 @@ class VisualDataset:
         if not kept:
             nothing = np.zeros(LENGTH_MULTIPLE, dtype=np.int64)
             kept = [Sample(nothing, np.full_like(nothing, IGNORED_TARGET), nothing.astype(bool))]
-        for number, sample in zip(numbers, samples, strict=True):
-            if not (sample.labels[: self.ctx_len + 1] != IGNORED_TARGET).any():
-                self._problem(TOO_LONG, int(number), "its answer lies beyond ctx_len")
         if self.features_of is not None:
             features = torch.stack([torch.as_tensor(a) for a in arrays]) if arrays else None
             return self._collated(kept, None, features)
@@ -382,7 +384,7 @@ class VisualDataset:
         try:
             return [self._picture(name) for name in sample.pictures]
         except PictureError as error:
-            self._problem(BAD_PICTURE, number, str(error))
+            self._bad_picture(number, str(error))
             return None
 
     def _picture(self, name: str) -> np.ndarray | Tensor:
@@ -390,14 +392,16 @@ class VisualDataset:
             return self.features_of(name)
         return self.preprocessing.pixels(self.pictures.open(name))
 
-    def _problem(self, kind: str, number: int, what: str) -> None:
+    def _bad_picture(self, number: int, reason: str) -> None:
         """Note a sample that contributes nothing, once however often it comes."""
-        if self.on_bad == "refuse":
-            raise UserError(f"{kind}: {what} (--on_bad_data skip counts and leaves out such)")
         with self._told:
-            if number not in self._told_of:
-                self._told_of.add(number)
-                self.problems.add(kind, what)
+            if number in self._told_of:
+                return
+            self._told_of.add(number)
+            place = int(self._usable[number])
+            self._unusable(BAD_PICTURE, place, self.records[place], reason)
+            if len(self._told_of) == len(self):
+                raise UserError(f"no sample has a picture that can be read; the last: {reason}")
 
     def _look_at_all(self) -> np.ndarray:
         usable, lengths, images, labels = [], [], [], []
@@ -412,6 +416,10 @@ class VisualDataset:
             if missing:
                 places = self.pictures.where_it_looks()
                 self._unusable(NO_PICTURE, number, record, f"{missing[0]} is not in {places}")
+                continue
+            if not (sample.labels[: self.ctx_len + 1] != IGNORED_TARGET).any():
+                reason = f"its answer lies beyond ctx_len {self.ctx_len}"
+                self._unusable(TOO_LONG, number, record, reason)
                 continue
             usable.append(number)
             lengths.append(len(sample.ids))
@@ -437,16 +445,23 @@ class VisualDataset:
 class BucketedOrder:
     """Which samples make up each step and micro-batch: a pure function of the step's number.
 
-    Each pass is a seeded shuffle. The samples of `window_steps` steps are sorted by length and laid
-    out in steps, whose order is shuffled, so that what is padded together has about one length. A
-    step has the same samples however it is divided into micro-batches.
+    Each pass is a seeded shuffle. The samples of a window, of at most `window_steps` steps, are
+    sorted by length and laid out in steps, whose order is shuffled, so that what is padded together
+    has about one length. Where a pass has few windows they fill it evenly: a run of one pass that
+    ended inside a window would miss some lengths and see others twice. A step has the same samples
+    however it is divided into micro-batches.
     """
 
     def __init__(
         self, lengths: np.ndarray, *, global_bsz: int, window_steps: int, seed: int, shuffle: bool
     ) -> None:
         assert len(lengths) and global_bsz > 0 and window_steps > 0
-        self.lengths, self.global_bsz, self.window_steps = lengths, global_bsz, window_steps
+        self.lengths, self.global_bsz = lengths, global_bsz
+        steps_per_pass = max(1, len(lengths) // global_bsz)
+        windows = -(-steps_per_pass // window_steps)
+        # Of more windows than one has steps, what is left over would not become less.
+        is_few = windows <= window_steps
+        self.window_steps = steps_per_pass // windows if is_few else window_steps
         self.seed, self.shuffle = seed, shuffle
         self._steps_of = lru_cache(maxsize=2)(self._window)
         self._order_of = lru_cache(maxsize=2)(self._pass)

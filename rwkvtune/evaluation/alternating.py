@@ -24,6 +24,7 @@ from rwkvtune.data.llava_dataset import Template
 from rwkvtune.data.llava_images import ImageProcessor, open_picture
 from rwkvtune.data.llava_manifest import IMAGE_TOKEN, pictures_of
 from rwkvtune.errors import MissingFileError, UserError
+from rwkvtune.files import atomic_write
 
 LETTERS = "ABCDEFGH"
 
@@ -313,4 +314,5 @@ def write_answers(path: Path, answers: Sequence[Answered]) -> None:
         )
         for a in answers
     ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    content = ("\n".join(lines) + "\n").encode()
+    atomic_write(path, lambda file: file.write(content))

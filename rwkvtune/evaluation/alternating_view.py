@@ -70,8 +70,10 @@ def mask_as_text(mask: Tensor, width: int = 64) -> str:
     length = len(mask)
     size = -(-length // width)
     pad = -length % size
-    cells = torch.nn.functional.pad(mask.float(), (0, pad, 0, pad))
-    cells = cells.unfold(0, size, size).unfold(1, size, size).mean((2, 3))
+    both = torch.stack([mask, torch.ones_like(mask)]).float()
+    both = torch.nn.functional.pad(both, (0, pad, 0, pad))
+    allowed, pairs = both.unfold(1, size, size).unfold(2, size, size).sum((3, 4))
+    cells = allowed / pairs  # the last ones may be smaller
     lines = []
     for row in cells.tolist():
         lines.append("".join(_shade(share) for share in row).rstrip())
@@ -93,36 +95,42 @@ def draw_masks(views: Sequence[LayerView], path: Path) -> None:
     figure = Figure(figsize=(2.4 * columns, 2.7 * rows), layout="constrained")
     for view in views:
         axes = figure.add_subplot(rows, columns, view.layer + 1)
-        axes.imshow(view.mask, cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
+        axes.imshow(view.mask.numpy(), cmap="Greys", interpolation="nearest", vmin=0, vmax=1)
         axes.set_title(f"{view.layer}: {view.kind}\n{100 * view.share:.0f} % of causal", size=8)
         axes.set_xticks([])
         axes.set_yticks([])
     _save(figure, path)
 
 
-def draw_attention(mean: Tensor, spread: Tensor, special: Sequence[bool], path: Path) -> None:
-    """Mean and spread [layers, heads] of the share on visual tokens as a PNG; special layers are
-    shaded."""
+def draw_attention(table: AttentionTable, special: Sequence[bool], path: Path) -> None:
+    """The share on visual tokens of every layer as a PNG: each head, their mean with its spread
+    over the samples, and each image; special layers are shaded."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
+    mean, spread = (values.numpy() for values in table.mean_and_spread())
     layers = range(len(mean))
     for layer, is_special in enumerate(special):
         if is_special:
             axes.axvspan(layer - 0.5, layer + 0.5, color="0.9", zorder=0)
     for head in range(mean.shape[1]):
-        axes.plot(layers, mean[:, head], color="0.7", linewidth=0.8)
-    axes.errorbar(layers, mean.mean(1), yerr=spread.mean(1), marker="o", color="black")
+        label = "one head" if head == 0 else None
+        axes.plot(layers, mean[:, head], color="0.7", linewidth=0.8, label=label)
+    label = "mean of heads, one deviation"
+    axes.errorbar(layers, mean.mean(1), spread.mean(1), marker="o", color="black", label=label)
+    for number, share in enumerate(table.mean_by_image(), start=1):
+        axes.plot(layers, share.numpy(), linestyle="--", label=f"image {number}")
     axes.set_xlabel("layer (special ones shaded)")
     axes.set_ylabel("last prompt token's attention on visual tokens")
     axes.set_ylim(0, 1)
+    axes.legend(fontsize=8)
     _save(figure, path)
 
 
 def _save(figure: Any, path: Path) -> None:
     image = BytesIO()
-    figure.savefig(image, format="png", dpi=110)
+    figure.savefig(image, format="png", dpi=110, bbox_inches="tight")
     atomic_write(path, lambda file: file.write(image.getvalue()))
 
 
@@ -136,6 +144,8 @@ class AttentionTable:
         self.count = 0
         self._sum: Tensor | None = None
         self._squares: Tensor | None = None
+        self._images: list[tuple[Tensor, int]] = []
+        """For the first image, the second, ...: the sum [layers] and number of samples with one."""
 
     def write(self, path: Path, samples: Iterable[tuple[str, VisualAttention]]) -> None:
         """All samples, in constant memory, into a CSV file that is whole or not there at all."""
@@ -149,7 +159,7 @@ class AttentionTable:
                     heads = [f"head_{h}" for h in range(seen.by_head.shape[1])]
                     writer.writerow(["sample", "layer", "mean", *heads, "images..."])
                     is_first = False
-                self._add(seen.by_head)
+                self._add(seen)
                 for layer, (heads_here, images) in enumerate(
                     zip(seen.by_head.tolist(), seen.by_image.tolist(), strict=True)
                 ):
@@ -161,15 +171,24 @@ class AttentionTable:
 
         atomic_write(path, fill)
 
-    def _add(self, by_head: Tensor) -> None:
-        values = by_head.double()
+    def _add(self, seen: VisualAttention) -> None:
+        values = seen.by_head.double()
         self._sum = values if self._sum is None else self._sum + values
         squares = values**2
         self._squares = squares if self._squares is None else self._squares + squares
         self.count += 1
+        for place, share in enumerate(seen.by_image.double().T):
+            if place == len(self._images):
+                self._images.append((torch.zeros_like(share), 0))
+            total, count = self._images[place]
+            self._images[place] = total + share, count + 1
 
     def mean_and_spread(self) -> tuple[Tensor, Tensor]:
         """[layers, heads] each: the mean over samples, and the standard deviation."""
         assert self._sum is not None and self._squares is not None
         mean = self._sum / self.count
         return mean, (self._squares / self.count - mean**2).clamp(min=0).sqrt()
+
+    def mean_by_image(self) -> list[Tensor]:
+        """[layers] for the first image, the second, ..., over the samples that have one."""
+        return [total / count for total, count in self._images]

@@ -10,6 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -198,6 +200,7 @@ def run_tasks(
     """Run tasks; returns the metrics and lm-eval's own results.
 
     limit: only the first so many samples of each.
+    UserError for data that is not there, cannot be read, or lacks what a task asks for.
     """
     from lm_eval.evaluator import simple_evaluate
 
@@ -214,6 +217,10 @@ def run_tasks(
             )
     except FileNotFoundError as error:
         raise MissingFileError(f"a task's data cannot be found: {error}") from error
+    except (DatasetsError, TemplateError, StopIteration) as error:
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split()) or "a file of it is empty"
+        raise UserError(f"a task does not fit its data: {reason[:300]}") from error
     assert results is not None
     return metrics_of(results), results
 

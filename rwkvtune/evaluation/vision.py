@@ -182,6 +182,8 @@ def evaluate_questions(
                 answer.chosen = likeliest(system, sample, question.options, own)
                 answer.chosen_is_right = _is_one_of(answer.chosen, question.answers)
             scores.answers.append(answer)
+    if not scores.answers:
+        raise UserError(f"none of the questions can be asked: {'; '.join(scores.skipped[:3])}")
     scores.answers.sort(key=lambda answer: answer.question.number)
     return scores
 

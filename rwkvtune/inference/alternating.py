@@ -28,9 +28,9 @@ from rwkvtune.models.alternating.build import (
     empty_model,
     generation_settings,
 )
-from rwkvtune.models.alternating.config import PUBLISHED_TOWER, variant_of
+from rwkvtune.models.alternating.config import PUBLISHED_TOWER
 from rwkvtune.models.alternating.hub import repository_folder
-from rwkvtune.models.alternating.masks import TEXT, VISUAL, Variant
+from rwkvtune.models.alternating.masks import TEXT, VISUAL
 from rwkvtune.models.alternating.naming import (
     Naming,
     detect_naming,
@@ -40,6 +40,12 @@ from rwkvtune.models.alternating.naming import (
 )
 from rwkvtune.models.alternating.packing import PackingRule
 from rwkvtune.models.alternating.tokenizer import load_tokenizer
+from rwkvtune.models.alternating.variants import (
+    Variant,
+    read_config,
+    variant_of,
+    variant_of_config,
+)
 
 FAMILY = ("qwen2", "mistral", "llava_qwen", "llava_onevision")
 """Beginnings of the model types whose weights fit."""
@@ -59,21 +65,20 @@ class Checkpoint:
 
     @classmethod
     def open(
-        cls, name: str | Path, *, beside: Path | None = None, allow_download: bool = False
+        cls,
+        name: str | Path,
+        *,
+        beside: Path | None = None,
+        allow_download: bool = False,
+        config_only: bool = False,
     ) -> Checkpoint:
         """A local folder, or one below the folder `beside`, or a repository in the local cache.
 
+        allow_download: fetch what the cache lacks, with config_only no more than config.json.
         UserError when it is nowhere or has no config.json.
         """
-        folder = _find_folder(str(name), beside, allow_download)
-        path = folder / "config.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise MissingFileError(f"{folder} is no checkpoint: it has no config.json") from error
-        except ValueError as error:
-            raise UserError(f"{path} is no JSON: {error}") from error
-        return cls(folder, raw)
+        folder = _find_folder(str(name), beside, allow_download, config_only)
+        return cls(folder, read_config(folder))
 
     @property
     def model_type(self) -> str | None:
@@ -87,11 +92,7 @@ class Checkpoint:
 
     @property
     def variant(self) -> Variant | None:
-        """From the decoder's model_type, else the whole's."""
-        for part in (self.text, self.raw):
-            if variant_of(part.get("model_type")) not in (None, "base"):
-                return variant_of(part["model_type"])
-        return variant_of(self.model_type)
+        return variant_of_config(self.raw)
 
     @property
     def is_composed(self) -> bool:
@@ -133,14 +134,14 @@ def _differences(text: Mapping[str, Any]) -> str:
     return f"it has {said or 'no known dimensions'}" + (f" and lacks {lacking}" if lacking else "")
 
 
-def _find_folder(name: str, beside: Path | None, allow_download: bool) -> Path:
+def _find_folder(name: str, beside: Path | None, allow_download: bool, config_only: bool) -> Path:
     tried = [Path(name)] + ([beside / name] if beside is not None else [])
     for folder in tried:
         if folder.is_dir():
             return folder
     if Path(name).is_absolute() or name.count("/") != 1:
         raise MissingFileError(f"there is no folder {name}")
-    found = repository_folder(name, allow_download=allow_download)
+    found = repository_folder(name, allow_download=allow_download, config_only=config_only)
     if found is None:
         raise MissingFileError(
             f"there is no folder {name}, and no such repository "
@@ -280,6 +281,7 @@ def from_backbone(
     vision_tower: str = "",
     attention: str | None = None,
     llava: Mapping[str, Any] | None = None,
+    allow_download: bool = False,
     **mask_settings: Any,
 ) -> tuple[Any, LoadReport, list[str]]:
     """An alternating model with a language model's weights; (model, report, what was chosen).
@@ -294,7 +296,9 @@ def from_backbone(
     tower: Checkpoint | None = None
     beside = backbone.folder.parent
     try:
-        tower = Checkpoint.open(vision_tower or PUBLISHED_TOWER, beside=beside)
+        tower = Checkpoint.open(
+            vision_tower or PUBLISHED_TOWER, beside=beside, allow_download=allow_download
+        )
         notes.append(f"vision tower: {tower.folder}")
     except MissingFileError:
         if vision_tower:
@@ -322,12 +326,19 @@ def from_backbone(
 
 def into_checkpoint(
     target: Checkpoint, backbone: Checkpoint, variant: Variant, **options: Any
-) -> tuple[Any, LoadReport]:
+) -> tuple[Any, LoadReport, list[str]]:
     """A `variant` model of the checkpoint `target`, its language model replaced by a backbone's
-    where name and shape agree. options: as `load`."""
+    where name and shape agree; (model, report, what was chosen). options: as `load`."""
     backbone.check_family()
-    model, _ = load(target, variant=variant, **options)
-    return model, fill(model, backbone, only_lm=True)
+    model, first = load(target, variant=variant, **options)
+    report = fill(model, backbone, only_lm=True)
+    notes = [
+        f"all but the language model is from {target.folder}",
+        f"copied {len(report.matched)} params from backbone into {variant} model",
+    ]
+    report.matched += [name for name in first.matched if group_of(name) != "lm"]
+    _note_missing(model, _places(model), report)
+    return model, report, notes
 
 
 DIMENSIONS = (

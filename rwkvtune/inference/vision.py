@@ -7,6 +7,7 @@ to use it again: its form, the encoder, the base, and how pictures and dialogue 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -197,6 +198,8 @@ class VisionSystem:
     model: VisionLanguageModel
     assembly: Assembly
     preprocessing: Preprocessing
+    notes: tuple[str, ...] = ()
+    """Lines about what may make its answers worse."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -232,7 +235,7 @@ def load_vision(
     saved = read_adapter(path)
     about = saved.about
     base = load_model or _base_of(saved)
-    where = encoder_path or about.get("encoder", {}).get("path", "")
+    where = encoder_path or _from_here(about.get("encoder", {}).get("path", ""), about)
     if not where:
         raise UserError(f"{saved.path} does not say which encoder it is for: give --encoder_path")
     kind = encoder_type or ("" if encoder_path else about["encoder"].get("type", ""))
@@ -240,6 +243,7 @@ def load_vision(
     if encoder.width != saved.config.encoder_width:
         saved = read_adapter(path, encoder_width=encoder.width)
     check_widths(saved, encoder)
+    notes = other_encoder(saved, encoder)
     if saved.encoder_weights:
         take_weights(encoder, saved.encoder_weights)
     llm = load_language_model(Path(base), dtype=dtype)
@@ -252,13 +256,17 @@ def load_vision(
     adapter.load_state_dict(saved.weights)
     template = about.get("template", {})
     assembly = Assembly(
-        tokenizer_for(Path(base), llm.config.vocab_size, tokenizer or about.get("tokenizer", "")),
+        tokenizer_for(
+            Path(base),
+            llm.config.vocab_size,
+            tokenizer or _from_here(about.get("tokenizer", ""), about),
+        ),
         saved.config.num_tokens(encoder.num_tokens),
         form=template.get("form", "prefix"),
         keep_image_tag=template.get("keep_image_tag", False),
     )
     model = VisionLanguageModel(llm, encoder, adapter).requires_grad_(False)
-    return VisionSystem(model.to(device).eval(), assembly, preprocessing)
+    return VisionSystem(model.to(device).eval(), assembly, preprocessing, notes)
 
 
 def _base_of(saved: SavedAdapter) -> str:
@@ -280,7 +288,13 @@ def _base_of(saved: SavedAdapter) -> str:
         raise UserError(
             f"{saved.path} does not say which language model it is for: give --load_model"
         )
-    return str(about["base"]["path"])
+    return _from_here(str(about["base"]["path"]), about)
+
+
+def _from_here(path: str, about: Mapping[str, Any]) -> str:
+    """A path of adapter_config.json, which may begin in the folder that the run was started in."""
+    there = os.path.join(about.get("folder", ""), path)
+    return there if path and not os.path.exists(path) and os.path.exists(there) else path
 
 
 def check_widths(saved: SavedAdapter, encoder: Encoder) -> None:
@@ -289,6 +303,17 @@ def check_widths(saved: SavedAdapter, encoder: Encoder) -> None:
             f"{saved.path} is for an encoder of width {saved.config.encoder_width}, this one has "
             f"{encoder.width}: give --encoder_path the one that it was trained with"
         )
+
+
+def other_encoder(saved: SavedAdapter, encoder: Encoder) -> tuple[str, ...]:
+    """A line where an encoder, as its folder has it, is not the one of the adapter's training."""
+    trained_with = saved.about.get("encoder", {}).get("fingerprint", encoder.fingerprint)
+    if saved.encoder_weights or trained_with == encoder.fingerprint:
+        return ()
+    return (
+        f"warning: {saved.path} was trained with another encoder than this one, whose weights, "
+        "config.json or preprocessor_config.json differ",
+    )
 
 
 class VisionChat:

@@ -155,11 +155,15 @@ def config_from_state_dict(weights: Mapping[str, torch.Tensor]) -> ModelConfig:
     )
 
 
-def fill_model(model: LanguageModel, weights: Mapping[str, torch.Tensor], source: str) -> None:
+def fill_model(
+    model: LanguageModel, weights: Mapping[str, torch.Tensor], source: str, *, copy: bool = True
+) -> None:
     """Give a model all of a file's weights, or raise one UserError that says which tensors do not
     fit.
 
     source: the file's name, for the message.
+    copy: False = the tensors themselves, in their own types, become the model's parameters, so that
+    those that are memory-mapped take no memory yet.
     """
     for name, tensor in weights.items():
         if not tensor.is_floating_point():
@@ -168,7 +172,7 @@ def fill_model(model: LanguageModel, weights: Mapping[str, torch.Tensor], source
                 "run; quantized files are not read, use the original in bf16, fp16 or fp32"
             )
     try:
-        model.load_state_dict(dict(weights))
+        model.load_state_dict(dict(weights), assign=not copy)
     except RuntimeError as error:
         reasons = [line.strip() for line in str(error).splitlines()[1:]]
         shown = " ".join(reasons[:3]) + (

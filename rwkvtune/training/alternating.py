@@ -7,6 +7,7 @@ damage, and what is printed.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import time
@@ -18,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.utils import logging
 
-from rwkvtune.adapters.alternating import add_lora, merged
+from rwkvtune.adapters.alternating import add_lora, merged, save_lora
 from rwkvtune.checkpoint import load_weights, save_weights
 from rwkvtune.data.llava_dataset import (
     IGNORE_INDEX,
@@ -36,6 +38,7 @@ from rwkvtune.errors import UserError
 from rwkvtune.files import (
     RunFolderLock,
     atomic_directory,
+    atomic_write,
     remove_directory,
     remove_leftovers,
 )
@@ -57,16 +60,15 @@ from rwkvtune.training.throughput import Throughput
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 TRAINABLE_FILE = "trainable.safetensors"
 PROJECTOR_FILE = "mm_projector.bin"
+SETTINGS_FILE = "run_settings.json"
 
 Say = Callable[[str], None]
 
 
-def data_module(model: Any, tokenizer: Any, settings: AlternatingSettings) -> dict[str, Any]:
-    """Data set and collator as `model` wants them; UserError, before any image is read, for samples
-    that cannot be trained on."""
+def checked_samples(tokenizer: Any, settings: AlternatingSettings) -> LlavaDataset:
+    """The data set; UserError, before any image is read, for samples that cannot be trained on."""
     data = settings.data
     tokenizer.model_max_length = data.model_max_length
-    model.config.tokenizer_model_max_length = data.model_max_length
     arguments = DataArguments(
         data_path=data.data_path,
         image_folder=data.image_folder,
@@ -74,7 +76,6 @@ def data_module(model: Any, tokenizer: Any, settings: AlternatingSettings) -> di
         version=data.version,
         label_mode=data.label_mode,
         is_multimodal=data.is_multimodal,
-        image_processor=processor_of(model.config),
         mm_use_im_start_end=settings.model.mm_use_im_start_end,
         video_fps=data.video_fps,
         frames_upbound=data.frames_upbound,
@@ -83,12 +84,20 @@ def data_module(model: Any, tokenizer: Any, settings: AlternatingSettings) -> di
     )
     dataset = LlavaDataset(tokenizer, arguments)
     dataset.check()
+    return dataset
+
+
+def data_module(model: Any, dataset: LlavaDataset) -> dict[str, Any]:
+    """Data set and collator as `model` wants its images; UserError when it takes none."""
     if dataset.has_pictures and not is_composed(model):
         raise UserError(
-            f"{data.data_path} has images, but this model is a language model alone: give a "
-            "checkpoint with a vision tower, or --vision_tower FOLDER with --init_from_backbone"
+            f"{dataset.arguments.data_path} has images, but this model is a language model alone: "
+            "give a checkpoint with a vision tower, or --vision_tower FOLDER with "
+            "--init_from_backbone"
         )
-    collator = LlavaCollator(tokenizer, dataset.processor)
+    model.config.tokenizer_model_max_length = dataset.tokenizer.model_max_length
+    dataset.processor = processor_of(model.config)
+    collator = LlavaCollator(dataset.tokenizer, dataset.processor)
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}
 
 
@@ -194,11 +203,13 @@ class AlternatingTrainer(Trainer):
         )
         loss: Tensor = super().training_step(model, inputs, *args)
         if not torch.isfinite(loss):
+            saved = checkpoints(Path(str(self.args.output_dir)))
             raise UserError(
                 f"step {self.state.global_step + 1}: the loss is {float(loss)}, so the optimizer "
-                f"was not moved; the newest checkpoint in {self.args.output_dir} is good. A lower "
-                "learning_rate may help; samples whose answers lie beyond model_max_length have "
-                "nothing to learn"
+                "was not moved"
+                + (f"; the newest checkpoint, {saved[0]}, is good" if saved else "")
+                + ". A lower learning_rate may help; samples whose answers lie beyond "
+                f"model_max_length={self.settings.data.model_max_length} have nothing to learn"
             )
         return loss
 
@@ -245,6 +256,23 @@ class AlternatingTrainer(Trainer):
         tokenizer: Any = self.processing_class
         tokenizer.save_pretrained(folder)
 
+    def is_done(self, checkpoint: Path) -> bool:
+        """Are all steps of the run in this checkpoint? Its weights and state are taken then.
+
+        transformers would do one step more where the last one is not the end of an epoch.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        total = self.args.max_steps
+        if total <= 0:
+            accumulated = self.args.gradient_accumulation_steps
+            updates = max(math.ceil(len(self.get_train_dataloader()) / accumulated), 1)
+            total = math.ceil(self.args.num_train_epochs * updates)
+        if state.global_step < total:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        return True
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         target: Any = self.accelerator.unwrap_model(self.model if model is None else model)
         folder = Path(resume_from_checkpoint)
@@ -261,7 +289,7 @@ def checkpoints(folder: Path) -> list[Path]:
     found = []
     for path in folder.iterdir() if folder.is_dir() else []:
         match = CHECKPOINT_NAME.fullmatch(path.name)
-        if match and (path / "trainer_state.json").exists():
+        if match and (path / TRAINER_STATE_NAME).exists():
             found.append((int(match[1]), path))
     return [path for _, path in sorted(found, reverse=True)]
 
@@ -282,7 +310,10 @@ class Reporter(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
         self.meter.step()
+        if state.global_step >= state.max_steps:
+            control.should_log = True
         if self.stop.requested is not None:
+            control.should_log = True  # the loss so far belongs to the run's mean
             control.should_save = True
             control.should_training_stop = True
 
@@ -291,7 +322,7 @@ class Reporter(TrainerCallback):
 class Outcome:
     steps: int
     loss: float
-    """Mean over the steps of this process's run."""
+    """Mean over all steps of the run, those before it was stopped included."""
     stopped: Stopped | None
 
 
@@ -310,20 +341,13 @@ def train(
     naming: of the weights. UserError when another run uses the folder, or the loss is not finite.
     """
     logging.set_verbosity_error()  # its warnings are about what is done here on purpose
-    torch.manual_seed(settings.trainer.seed)  # initial values of adapters
     folder = Path(settings.trainer.output_dir)
-    parts = choose_trainable(model, settings.tune)
-    if settings.model.pretrain_mm_mlp_adapter:
-        load_adapter(model, settings.model.pretrain_mm_mlp_adapter)
-    if settings.tune.lora_enable:
-        tune = settings.tune
-        model = add_lora(
-            model,
-            r=tune.lora_r,
-            alpha=tune.lora_alpha,
-            dropout=tune.lora_dropout,
-            bias=tune.lora_bias,
-        )
+    run = settings.fixed_in_a_run | {
+        "class": type(model.get_decoder()).__name__,
+        "schedule": schedule_in_words(model),
+        "samples": len(module["train_dataset"]),
+    }
+    model, parts = prepare(model, settings)
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
     say(f"learning: {', '.join(parts)}: {learning:,} of {every:,} parameters")
@@ -334,7 +358,10 @@ def train(
             remove_leftovers(folder)
         found = checkpoints(folder)
         if found:
+            _refuse_another_run(folder, run)
             say(f"resuming from {found[0]}")
+        elif is_first:
+            atomic_write(folder / SETTINGS_FILE, lambda file: file.write(json.dumps(run).encode()))
         meter = Throughput(
             every=settings.task.throughput_log_steps,
             device_type=arguments.device.type,
@@ -353,16 +380,61 @@ def train(
         if arguments.world_size > 1:
             meter.sum_with(lambda counts: _over_ranks(trainer, counts))
         trainer.remove_callback(PrinterCallback)
-        result = trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
+        if not (found and trainer.is_done(found[0])):
+            trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
+        steps, loss = trainer.state.global_step, mean_loss(trainer.state.log_history)
+        if found and found[0].name == f"checkpoint-{steps}":
+            say(f"all {steps} steps were done before")
         stopped = stop.answer() if stop.requested is not None else None
-        if stopped and result.global_step < trainer.state.max_steps:
-            say(f"stopped after step {result.global_step}; the same command goes on from there")
-            return Outcome(result.global_step, result.training_loss, stopped)
+        if stopped and steps < trainer.state.max_steps:
+            say(f"stopped after step {steps}; the same command goes on from there")
+            return Outcome(steps, loss, stopped)
         if is_first:
             plain = trainer.accelerator.unwrap_model(model)
             _write_final(plain, folder, settings, parts, naming, tokenizer_from)
             say(f"wrote the model to {folder}")
-        return Outcome(result.global_step, result.training_loss, None)
+        return Outcome(steps, loss, None)
+
+
+def prepare(model: Any, settings: AlternatingSettings) -> tuple[Any, list[str]]:
+    """(the model with what the settings start it from and add to it, the parts that learn)."""
+    tune = settings.tune
+    if settings.trainer.fp16 and (settings.trainer.use_cpu or not torch.cuda.is_available()):
+        raise UserError("fp16 computes on a GPU only: leave it out, or take --bf16")
+    torch.manual_seed(settings.trainer.seed)  # initial values of adapters
+    parts = choose_trainable(model, tune)
+    if settings.model.pretrain_mm_mlp_adapter:
+        load_adapter(model, settings.model.pretrain_mm_mlp_adapter)
+    if tune.lora_enable:
+        model = add_lora(
+            model,
+            r=tune.lora_r,
+            alpha=tune.lora_alpha,
+            dropout=tune.lora_dropout,
+            bias=tune.lora_bias,
+        )
+    return model, parts
+
+
+def _refuse_another_run(folder: Path, run: dict[str, Any]) -> None:
+    path = folder / SETTINGS_FILE
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    changed = [f"{n}: {before[n]!r} -> {run[n]!r}" for n in run if before.get(n, run[n]) != run[n]]
+    if changed:
+        raise UserError(
+            f"{folder} holds a run with other settings: {'; '.join(changed)}. Give the old values "
+            "to go on, or another output_dir for a new run"
+        )
+
+
+def mean_loss(history: Sequence[dict[str, Any]]) -> float:
+    """Over all steps, from the trainer's log: each entry is the mean since the one before."""
+    total, before = 0.0, 0
+    for entry in history:
+        if "loss" in entry:
+            total += float(entry["loss"]) * (entry["step"] - before)
+            before = entry["step"]
+    return total / before if before else math.nan
 
 
 def _write_final(
@@ -374,7 +446,7 @@ def _write_final(
     tokenizer_from: Path,
 ) -> None:
     if settings.tune.lora_enable:
-        model.save_pretrained(folder / "adapter")
+        save_lora(model, folder / "adapter", str(tokenizer_from))
         model = merged(model)
     if list(parts) == ["mm_mlp_adapter"]:
         save_adapter(model, folder / PROJECTOR_FILE)
@@ -423,6 +495,7 @@ def _training_arguments(settings: AlternatingSettings) -> TrainingArguments:
         "deepspeed": t.deepspeed or None,
         "ddp_find_unused_parameters": t.ddp_find_unused_parameters,
         "torch_compile": t.torch_compile,
+        "torch_compile_backend": t.torch_compile_backend or None,
         "use_cpu": t.use_cpu or not torch.cuda.is_available(),
         "remove_unused_columns": False,
         "disable_tqdm": True,
@@ -438,7 +511,7 @@ def _training_arguments(settings: AlternatingSettings) -> TrainingArguments:
 
 def one_step(model: Any, batch: dict[str, Any], settings: AlternatingSettings) -> dict[str, float]:
     """Forward, backward and one optimizer step on a batch: loss, gradient norm, seconds."""
-    choose_trainable(model, settings.tune)
+    model, _ = prepare(model, settings)
     model.train()
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=settings.tune.learning_rate)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-Variant = Literal["alternating", "alternating_cross", "base"]
+from rwkvtune.models.alternating.variants import Variant
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class ModelOptions:
     """Put <im_start> and <im_end> around each image."""
     mm_use_im_patch_token: bool = True
     """Accepted; no patch token is ever used."""
+    delay_load: bool = True
+    """Accepted; the vision tower is loaded with the rest."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +240,14 @@ class TrainerOptions:
     """For torch's data parallel."""
     torch_compile: bool = False
     """Compile the model first."""
+    torch_compile_backend: str = ""
+    """By which backend; empty = torch's own choice."""
+    eval_strategy: Literal["no"] = "no"
+    """Accepted; `rwkvtune alternating eval` asks a trained model."""
+    evaluation_strategy: Literal["no"] = "no"
+    """The older name of eval_strategy."""
+    per_device_eval_batch_size: int = 8
+    """Accepted; nothing is evaluated during training."""
     remove_unused_columns: bool = False
     """Accepted; samples are never stripped."""
     use_cpu: bool = False
@@ -313,7 +324,16 @@ class AlternatingSettings:
             reasons["model_name_or_path"] = "alt_checkpoint is preferred"
         if self.model.alt_checkpoint and self.task.init_from_backbone:
             reasons["init_from_backbone"] = "alt_checkpoint already is an alternating model"
-        return [f"{name}={now[name]!r} does nothing: {reason}" for name, reason in reasons.items()]
+        lines = [f"{name}={now[name]!r} does nothing: {why}" for name, why in reasons.items()]
+        if "mm_vision_resampler" in self.tune.mm_tunable_parts.split(","):
+            lines.append("mm_tunable_parts: mm_vision_resampler is no part of these models")
+        return lines
+
+    @property
+    def fixed_in_a_run(self) -> dict[str, Any]:
+        """What a run that goes on has to be told again; folders and files by their last names."""
+        values = {n: v for n, v in self.to_flat().items() if n not in _MAY_CHANGE_AT_RESUME}
+        return values | {name: Path(values[name]).name for name in _PATHS}
 
     @property
     def groupings(self) -> list[str]:
@@ -342,6 +362,21 @@ class AlternatingSettings:
 
 TUNABLE_PARTS = ("mm_mlp_adapter", "mm_vision_resampler", "mm_vision_tower", "mm_language_model")
 
+_PATHS = (
+    *("model_name_or_path", "alt_checkpoint", "backbone_model", "vision_tower"),
+    *("pretrain_mm_mlp_adapter", "lora_weight_path", "data_path", "image_folder", "video_folder"),
+)
+_MAY_CHANGE_AT_RESUME = frozenset(
+    {
+        *(f.name for f in dataclasses.fields(TaskOptions)),
+        *("output_dir", "do_train", "num_train_epochs", "max_steps", "save_naming", "use_cpu"),
+        *("logging_steps", "save_steps", "save_strategy", "save_total_limit", "report_to"),
+        *("run_name", "dataloader_num_workers", "gradient_checkpointing", "torch_compile"),
+        *("torch_compile_backend", "eval_strategy", "evaluation_strategy"),
+        *("per_device_eval_batch_size", "delay_load"),
+        *("attn_implementation", "deepspeed", "ddp_find_unused_parameters", "tf32"),
+    }
+)
 _AT_LEAST = {
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), 1),
     **dict.fromkeys(("logging_steps", "save_steps", "save_total_limit", "lora_r"), 1),
@@ -358,5 +393,7 @@ _ACCEPTED = {
     "lazy_preprocess": "images are always read when their sample is needed",
     "early_mix_text": "samples without images are mixed in by themselves",
     "remove_unused_columns": "samples are never stripped",
+    "delay_load": "the vision tower is loaded with the rest",
+    "per_device_eval_batch_size": "nothing is evaluated during training",
     "do_train": "it trains unless a flag says to inspect",
 }

@@ -26,9 +26,10 @@ from rwkvtune.evaluation.alternating import (
 )
 from rwkvtune.files import atomic_write
 from rwkvtune.inference.alternating import Checkpoint, load
-from rwkvtune.models.alternating.masks import DEFAULT_SCHEDULE, Variant
+from rwkvtune.models.alternating.masks import DEFAULT_SCHEDULE
 from rwkvtune.models.alternating.tokenizer import load_tokenizer
-from rwkvtune.training.alternating import data_module, processor_of, train
+from rwkvtune.models.alternating.variants import Variant
+from rwkvtune.training.alternating import checked_samples, data_module, processor_of, train
 from rwkvtune.training.alternating_config import AlternatingSettings
 
 RESULT_FILE = "result.json"
@@ -86,14 +87,14 @@ def run_cell(
     """
     result_path = folder / RESULT_FILE
     if result_path.exists():
-        return _read(cell, questions, result_path)
+        return _read(cell, settings, questions, result_path)
     source = Checkpoint.open(settings.model.model_name_or_path)
     masks: dict[str, Any] = {} if cell.variant == "base" else {"mask_schedule": cell.schedule}
     masks |= {k: v for k, v in settings.mask_settings.items() if k != "mask_schedule"}
     model, _ = load(source, variant=cell.variant, llava=settings.llava, **masks)
     tokenizer = load_tokenizer(source.folder)
     here = replace(settings, trainer=replace(settings.trainer, output_dir=str(folder)))
-    module = data_module(model, tokenizer, here)
+    module = data_module(model, checked_samples(tokenizer, here))
     began = time.perf_counter()
     outcome = train(
         model,
@@ -119,11 +120,17 @@ def run_cell(
         seconds,
         samples_per_s=outcome.steps * batch / max(seconds, 1e-9),
     )
-    _write(result, result_path)
+    _write(result, settings, result_path)
     return result
 
 
-def _write(result: CellResult, path: Path) -> None:
+def _budget(settings: AlternatingSettings) -> dict[str, Any]:
+    """What a cell's result depends on."""
+    steps = {n: getattr(settings.trainer, n) for n in ("num_train_epochs", "max_steps")}
+    return settings.fixed_in_a_run | steps
+
+
+def _write(result: CellResult, settings: AlternatingSettings, path: Path) -> None:
     values: dict[str, Any] = {
         "variant": result.cell.variant,
         "schedule": result.cell.schedule,
@@ -133,14 +140,23 @@ def _write(result: CellResult, path: Path) -> None:
         "steps": result.steps,
         "seconds": result.seconds,
         "samples_per_s": result.samples_per_s,
+        "settings": _budget(settings),
         "answers": [[a.question.id, *a.log_likelihoods] for a in result.answers],
     }
     text = json.dumps(values, indent=1).encode()
     atomic_write(path, lambda file: file.write(text))
 
 
-def _read(cell: Cell, questions: Sequence[Question], path: Path) -> CellResult:
+def _read(
+    cell: Cell, settings: AlternatingSettings, questions: Sequence[Question], path: Path
+) -> CellResult:
     values = json.loads(path.read_text(encoding="utf-8"))
+    before, now = values.get("settings", {}), _budget(settings)
+    changed = [f"{n}: {before[n]!r} -> {now[n]!r}" for n in now if before.get(n, now[n]) != now[n]]
+    if changed:
+        raise UserError(
+            f"{path} is the result of other settings: {'; '.join(changed)}. Choose another --output"
+        )
     rows = values["answers"]
     if [row[0] for row in rows] != [q.id for q in questions]:
         raise UserError(f"{path} answers other questions: choose another --output")

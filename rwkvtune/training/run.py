@@ -484,7 +484,9 @@ def _build_model(
         fill_model(model, saved.model, str(saved.folder))
     elif start.weights is not None:
         initial = model.state_dict() if start.has_gaps else {}
-        fill_model(model, {**initial, **start.weights}, start.source)
+        # What is packed is read from the file tensor by tensor, and never there as a whole in fp32.
+        is_packed = config.adapter.quant != "none"
+        fill_model(model, {**initial, **start.weights}, start.source, copy=not is_packed)
     return model
 
 

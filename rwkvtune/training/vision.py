@@ -4,7 +4,7 @@ and how it is put together."""
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ from rwkvtune.adapters.adapter import Adapter as Peft
 from rwkvtune.adapters.adapter import attach, store_frozen
 from rwkvtune.adapters.base import Base, base_of
 from rwkvtune.adapters.quant import quantize
-from rwkvtune.adapters.settings import AdapterSettings
 from rwkvtune.checkpoint import load_resume_meta, save_weights
 from rwkvtune.data.batch import IGNORED_TARGET
 from rwkvtune.data.prefetch import prefetched
@@ -67,8 +66,6 @@ from rwkvtune.training.vision_data import fill_caches
 from rwkvtune.training.vision_job import VisionJob, prepare
 from rwkvtune.training.vision_plan import largest_fitting, memory_estimate
 
-PUBLISHED_PEFT = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.01}
-"""LoRA's settings in upstream where none are given."""
 LR_KINDS = {"wsd": "wsd_cosine", "wsd_stable": "wsd"}
 """Names of schedules here -> in Schedule, where they differ."""
 DATA_SEED = 7919
@@ -197,6 +194,9 @@ class VisionState(RunState):
             for name, p in model.named_parameters()
             if p.requires_grad or (self.keeps_encoder and name.startswith("encoder."))
         }
+        if self.peft is not None:  # its buffers too
+            tensors = model.get_submodule("llm").state_dict()
+            kept |= {f"llm.{name}": tensors[name] for name in self.peft.tensors}
         return {name: p.detach() for name, p in kept.items()}
 
     def write_weights(self, run_folder: Path, label: str, *, dtype: str, write: bool) -> None:
@@ -316,16 +316,16 @@ def _build_model(
     if job.start is not None:
         adapter.load_state_dict(job.start.weights)
     llm = build_model(job.llm, initial_values=False)
-    fill_model(llm, job.llm_weights, config.load_model)
+    fill_model(llm, job.llm_weights, config.load_model, copy=config.quant == "none")
     llm.grad_cp, llm.backend = config.grad_cp, config.kernel
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     peft, words = None, "in full precision"
     if config.peft != "none":
-        extra = json.loads(config.peft_config) if config.peft_config else PUBLISHED_PEFT
-        settings = AdapterSettings(config.peft, quant=config.quant, peft_config=extra)
         values = None
         if saved is not None:
             values = {n[4:]: t for n, t in saved.model.items() if n.startswith("llm.")}
+        settings = config.adapter
+        assert settings is not None
         peft = attach(llm, settings, config.load_model, saved=values, compute_dtype=dtype)
         base = peft.base
         words = peft.quantized.in_words() if peft.quantized else words
@@ -341,6 +341,7 @@ def _build_model(
     model = VisionLanguageModel(llm, job.encoder, adapter)
     if saved is not None:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        trained |= {f"llm.{name}" for name in peft.tensors} if peft is not None else set()
         if trained != {name for name in saved.model if name in trained or not job.keeps_encoder}:
             raise UserError(f"{job.resume} holds other tensors than this run trains")
         model.load_state_dict(saved.model, strict=False)
@@ -481,6 +482,7 @@ def _build_state(
 def _about(config: VisionConfig, job: VisionJob, base: Base) -> dict[str, Any]:
     """adapter_config.json: all that is needed to use the adapter again."""
     return {
+        "folder": os.getcwd(),  # where relative paths begin
         "adapter": dataclasses.asdict(job.adapter),
         "encoder": {
             "path": config.encoder_path,

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
+from rwkvtune.adapters.settings import AdapterSettings
 from rwkvtune.errors import UserError
 from rwkvtune.training.config import (
     DeviceOptions,
@@ -29,8 +30,8 @@ PARTS = {
 }
 """What train_step may name -> what it is. Upstream passes over words that it does not know."""
 
-QUANTS = ("none", "4bit", "nf4", "fp4", "8bit", "int8")
-"""What quant may be. 4bit means nf4; in upstream it comes to fp4, which is coarser."""
+PUBLISHED_PEFT = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.01}
+"""Of LoRA and its nearest in upstream, where no settings are given."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,12 @@ class VisionConfig:
     """mlp = two layers, then z + LayerNorm(z); linear = one layer without bias."""
     quant: Literal["none", "4bit", "nf4", "fp4", "8bit", "int8"] = "none"
     """Pack the frozen language model's projections: 4bit = nf4, 8bit = int8."""
-    peft: Literal["none", "lora"] = "none"
-    """lora: with train_step rwkv, train LoRA on its projections in place of all of it."""
+    peft: Literal["none", "lora", "rslora", "dora", "pissa", "miss"] = "none"
+    """With train_step rwkv, train LoRA or one of its family on its projections in place of all of
+    it."""
     peft_config: str = ""
-    """JSON of LoRA's settings, such as {"r": 8, "lora_alpha": 32, "lora_dropout": 0.01}."""
+    """JSON of fields of peft's LoraConfig or MissConfig; lora, rslora and dora without it: {"r": 8,
+    "lora_alpha": 32, "lora_dropout": 0.01}, as published."""
     n_layer: int | None = None
     """Confirms the file's number of blocks; another number gives a warning."""
     n_embd: int | None = None
@@ -73,6 +76,8 @@ class VisionConfig:
     """Confirms the file's vocabulary; another number gives a warning."""
     head_size: int | None = None
     """Confirms the file's channels per head; another number gives a warning."""
+    dim_att: int | None = None
+    """Confirms the width of the attention, which is n_embd; another number gives a warning."""
     dim_ffn: int | None = None
     """Confirms the file's width of the channel mix; another number gives a warning."""
     strict_shape: bool = False
@@ -179,6 +184,9 @@ class VisionConfig:
     """Type of the tensors in rwkv-<k>.pth; all other files are exact."""
     log_every: int = 10
     """Steps per line of metrics.csv and of the console."""
+    throughput_log_steps: int = 0
+    """Steps per line of samples/s, tokens/s, visual tokens/s, ms per step and peak memory; 0 =
+    off."""
     val_every: int = 0
     """Measure the loss on val_data_file every so many steps; 0 = at the end of each mini-epoch."""
     tensorboard: bool = False
@@ -203,7 +211,7 @@ class VisionConfig:
     def output_options(self) -> OutputOptions:
         names = (
             "proj_dir", "resume", "random_seed", "epoch_save", "save_every", "keep_last",
-            "log_every", "val_every", "tensorboard", "wandb",
+            "log_every", "throughput_log_steps", "val_every", "tensorboard", "wandb",
         )  # fmt: skip
         return OutputOptions(
             log_layers=False, **{n: getattr(self, n) for n in names if hasattr(self, n)}
@@ -252,6 +260,19 @@ class VisionConfig:
             found.append(f"decay_share={self.decay_share} must be in (0, 1]")
         return found + self._contradictions()
 
+    @property
+    def adapter(self) -> AdapterSettings | None:
+        """What is trained beside the language model; None = nothing. ValueError for what is no JSON
+        object."""
+        if self.peft == "none":
+            return None
+        extra = json.loads(self.peft_config or "{}")
+        if not isinstance(extra, dict):
+            raise ValueError("not an object")
+        if not self.peft_config and self.peft in ("lora", "rslora", "dora"):
+            extra = PUBLISHED_PEFT
+        return AdapterSettings(self.peft, quant=self.quant, peft_config=extra)
+
     def _contradictions(self) -> list[str]:
         found = []
         try:
@@ -273,12 +294,10 @@ class VisionConfig:
             )
         if self.peft_config and self.peft == "none":
             found.append(f"peft_config={self.peft_config} needs --peft lora")
-        if self.peft_config:
-            try:
-                if not isinstance(json.loads(self.peft_config), dict):
-                    raise ValueError("not an object")
-            except ValueError as error:
-                found.append(f"peft_config={self.peft_config!r} is no JSON object: {error}")
+        try:
+            found += [] if self.adapter is None else self.adapter.problems()
+        except ValueError as error:
+            found.append(f"peft_config={self.peft_config!r} is no JSON object: {error}")
         if self.feature_cache and "encoder" in parts:
             found.append("feature_cache needs a frozen encoder: take encoder out of train_step")
         return found
@@ -311,11 +330,11 @@ _AT_LEAST = {
     **dict.fromkeys(("devices", "num_nodes", "keep_last", "log_every", "num_workers"), 1),
     **dict.fromkeys(("bucket_steps", "adapter_shuffle"), 1),
     **dict.fromkeys(("epoch_steps", "epoch_begin", "epoch_save", "save_every", "val_every"), 0),
-    **dict.fromkeys(("threads", "adapter_hidden", "global_bsz"), 0),
+    **dict.fromkeys(("threads", "adapter_hidden", "global_bsz", "throughput_log_steps"), 0),
     "warmup_steps": -1,
 }
 
-CONFIRMED = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_ffn")
+CONFIRMED = ("n_layer", "n_embd", "vocab_size", "head_size", "dim_att", "dim_ffn")
 """Dimensions that the weights decide and a flag may only confirm."""
 
 MAY_CHANGE_AT_RESUME = frozenset(
@@ -325,7 +344,7 @@ MAY_CHANGE_AT_RESUME = frozenset(
         *("epoch_save", "save_every", "keep_last", "log_every", "val_every", "save_full"),
         *("tensorboard", "wandb", "resume", "proj_dir", "num_workers", "strict_shape"),
         *("load_adapter", "feature_cache", "cache_limit_gb", "data_file", "val_data_file"),
-        *("train_step", "epoch_steps", *CONFIRMED),
+        *("train_step", "epoch_steps", "throughput_log_steps", *CONFIRMED),
     }
 )
 """Settings that may differ from the interrupted run's. What names a file is compared by the file's

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rwkvtune.adapters.adapter import sizes as sizes_of_adapter
 from rwkvtune.checkpoint import load_resume_meta, newest_resume_state
 from rwkvtune.data.images import Preprocessing
 from rwkvtune.data.tokenizers import Tokenizer
@@ -23,6 +24,7 @@ from rwkvtune.inference.vision import (
     find_adapter,
     language_model_weights,
     open_encoder,
+    other_encoder,
     read_adapter,
     tokenizer_for,
 )
@@ -77,6 +79,8 @@ def prepare(config: VisionConfig, world_size: int, notes: list[str]) -> VisionJo
     if llm.version != "x070":
         raise UserError(f"{config.load_model} is {llm.version}: vision training needs x070 weights")
     _confirm_shapes(config, llm, notes)
+    if config.adapter is not None:
+        sizes_of_adapter(llm, config.adapter)  # refuses what does not fit the model
     tokenizer = tokenizer_for(Path(config.load_model), llm.vocab_size, config.tokenizer)
     if config.form == "placeholder" and llm.vocab_size <= IMAGE_PAD:
         raise UserError(
@@ -189,7 +193,7 @@ def _take_saved_encoder(encoder: Encoder, resume: Path, is_trained: bool) -> Non
 
 def _confirm_shapes(config: VisionConfig, llm: ModelConfig, notes: list[str]) -> None:
     """Warn of dimensions in flags that the file contradicts, or refuse them."""
-    found = dataclasses.asdict(llm)
+    found = dataclasses.asdict(llm) | {"dim_att": llm.n_embd}
     wrong = [
         f"{name} {getattr(config, name)} (the file's is {found[name]})"
         for name in CONFIRMED
@@ -230,6 +234,7 @@ def _starting_adapter(
         return None
     saved = read_adapter(path, encoder_width=encoder.width)
     check_widths(saved, encoder)
+    notes += other_encoder(saved, encoder)
     notes.append(f"the adapter comes from {saved.path}: all {len(saved.weights)} tensors of it")
     if saved.encoder_weights:
         take_weights(encoder, saved.encoder_weights)

@@ -196,11 +196,32 @@ def test_a_folder_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
     save_weights(file, {n: t.clone() for n, t in weights.items() if n != name})
     with pytest.raises(UserError, match=r"blocks\.1\.ln1\.weight is missing"):
         merge(make_base(), "base.pth", tmp_path / "adapter")
-    about = json.loads((tmp_path / "adapter" / "rwkvtune.json").read_text())
-    about["format"] = 9
-    (tmp_path / "adapter" / "rwkvtune.json").write_text(json.dumps(about))
-    with pytest.raises(UserError, match="has format 9"):
-        merge(make_base(), "base.pth", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value", "message"),
+    [
+        ("rwkvtune.json", "format", 9, "has format 9"),
+        ("rwkvtune.json", "adapter", {"kind": "lora", "rank": 4}, "rwkvtune.json is damaged"),
+        ("rwkvtune.json", "base", {}, "rwkvtune.json is damaged"),
+        ("adapter_config.json", "r", 8, r"lora_A.* has shape \[4, 64\], needs \[8, 64\]"),
+        ("adapter_config.json", "peft_type", "LORE", "does not fit this base"),
+        ("adapter_config.json", None, None, "has no adapter_config.json"),
+    ],
+)
+def test_a_folder_that_contradicts_itself_is_refused(
+    tmp_path: Path, file: str, field: str | None, value: object, message: str
+) -> None:
+    model, adapter, own = trained(AdapterSettings("lora", r=4))
+    adapter.save(model, own, tmp_path)
+    path = tmp_path / file
+    content = json.loads(path.read_text())
+    if field is None:
+        path.unlink()
+    else:
+        path.write_text(json.dumps(content | {field: value}))
+    with pytest.raises(UserError, match=message):
+        merge(make_base(), "base.pth", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from rwkvtune.adapters.quant import QuantizedLinear, dequantize, quantize, take_quantized
 from rwkvtune.checkpoint import load_weights, save_weights
 from rwkvtune.errors import UserError
-from rwkvtune.models import ModelConfig, RWKV5Config, RWKV6Config, RWKV7Config, build_model
+from rwkvtune.models import (
+    ModelConfig,
+    RWKV5Config,
+    RWKV6Config,
+    RWKV7Config,
+    build_model,
+    fill_model,
+)
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes comes with the dev extra")
 
@@ -138,6 +145,27 @@ def test_a_quantized_model_is_saved_and_loaded_bit_for_bit(
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     assert torch.equal(again(IDS)[0], model(IDS)[0])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_file_in_bf16_is_packed_from_its_mapped_tensors_as_from_a_copy(
+    tmp_path: Path, kind: str
+) -> None:
+    made = build_model(CONFIGS["x070"], seed=1)
+    save_weights(tmp_path / "base.pth", made.state_dict(), dtype="bf16")
+    mapped, copied = (build_model(CONFIGS["x070"], initial_values=False) for _ in range(2))
+    weights = load_weights(tmp_path / "base.pth")
+    fill_model(mapped, weights, "base", copy=False)
+    fill_model(copied, weights, "base")
+    places = {t.data_ptr() for t in weights.values()}
+    assert {p.data_ptr() for p in mapped.parameters()} == places  # nothing was read yet
+    reports = [quantize(model, kind) for model in (mapped, copied)]
+    assert reports[0] == reports[1]
+    assert reports[0].bytes_before == 4 * CONFIGS["x070"].num_parameters
+    assert not places & {t.data_ptr() for t in mapped.state_dict().values()}
+    for name, tensor in copied.state_dict().items():
+        assert torch.equal(mapped.state_dict()[name], tensor), name
+        assert mapped.state_dict()[name].dtype == tensor.dtype, name
 
 
 def test_what_cannot_be_quantized_is_refused() -> None:

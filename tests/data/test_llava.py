@@ -58,6 +58,7 @@ def test_every_form_gives_the_same_records_in_blocks_of_any_size(
         ("a.json", b'[{"id": 1}, {"id": ', "is damaged near byte 12"),
         ("a.json", b'[{"id": 1} {"id": 2}]', "expected ',', found '{'"),
         ("a.json", b'[{"id": 1}, 7]', "byte 12 is no JSON object"),
+        ("a.json", b'[{"id": 1}] [{"id": 2}]', "near byte 12: expected the end of the file"),
         ("a.json", b'[{"id": "\xff"}]', "not UTF-8"),
         ("a.json", b'{"id": 1}', "without a list"),
         ("a.json", b"", "expected '['"),
@@ -115,7 +116,9 @@ def test_the_published_converter_ends_with_1_for_wrong_arguments(
         assert "usage: convert_chat_json_to_jsonl.py" in capsys.readouterr().err
 
 
-def test_a_failed_conversion_leaves_the_old_output(tmp_path: Path) -> None:
+def test_a_failed_conversion_leaves_the_old_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, target = tmp_path / "chat.json", tmp_path / "chat.jsonl"
     source.write_text('[{"id": 1}, {"id":')
     target.write_text("old")
@@ -123,3 +126,6 @@ def test_a_failed_conversion_leaves_the_old_output(tmp_path: Path) -> None:
     assert target.read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["chat.json", "chat.jsonl"]
     assert guarded("convert_chat", [str(source), str(source)]) == 2
+    source.write_text('[{"id": 1}]')
+    monkeypatch.chdir(tmp_path)
+    assert guarded("convert_chat", [str(source), "."]) == 2, "a folder"

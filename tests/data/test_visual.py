@@ -195,11 +195,12 @@ def test_bad_records_and_pictures_are_counted_named_and_left_out(pictures: Pictu
     assert batch.image_positions.sum().item() == 4
     data.batch([2])
     assert data.problems.counts["samples with an unreadable picture"] == 1, "counted once"
-    assert "broken.png: no readable picture" in data.problems.take_news()[0]
+    assert "record 6: broken.png: no readable picture" in data.problems.take_news()[0]
 
 
 def test_a_batch_of_which_nothing_can_be_read_has_no_targets(pictures: PictureStore) -> None:
-    batch = dataset([record(*GOOD, image="broken.png")], pictures).batch([0, 0])
+    broken = record(*GOOD, image="broken.png")
+    batch = dataset([broken, record(*GOOD)], pictures).batch([0, 0])
     assert batch.target_tokens == 0 and batch.input_ids.shape == (1, 16)
     assert batch.pixels is not None and batch.pixels.shape == (0, 3, 4, 4)
 
@@ -208,16 +209,27 @@ def test_bad_data_are_refused_where_that_was_asked_for(pictures: PictureStore) -
     with pytest.raises(UserError, match="record 2: no conversation"):
         dataset([record(*GOOD), record()], pictures, on_bad="refuse")
     broken = dataset([record(*GOOD, image="broken.png")], pictures, on_bad="refuse")
-    with pytest.raises(UserError, match=r"broken\.png: no readable picture"):
+    with pytest.raises(UserError, match=r"record 1: broken\.png: no readable picture"):
         broken.batch([0])
     with pytest.raises(UserError, match="none of the records can be used: 1 unusable records"):
         dataset([record()], pictures)
 
 
-def test_an_answer_behind_the_cut_is_told(pictures: PictureStore) -> None:
-    data = dataset([record(*GOOD)], pictures, ctx_len=9)
-    assert data.batch([0]).target_tokens == 0
+def test_an_answer_behind_the_cut_is_told_and_left_out(pictures: PictureStore) -> None:
+    records = [record(*GOOD, id="long"), record(turn("human", ""), turn("gpt", "a cat."))]
+    data = dataset(records, pictures, ctx_len=9)  # 2 + 8 tokens come before the long one's answer
+    assert len(data) == 1 and data.batch([0]).target_tokens == 3
     assert data.problems.counts == {"samples cut off before their answer": 1}
+    assert "record 1 (id long): its answer lies beyond" in data.problems.take_news()[0]
+    with pytest.raises(UserError, match="none of the records can be used: 1 samples cut off"):
+        dataset(records[:1], pictures, ctx_len=9)
+
+
+def test_a_data_set_without_one_readable_picture_stops_the_run(pictures: PictureStore) -> None:
+    data = dataset([record(*GOOD, image="broken.png")] * 3, pictures)
+    assert data.batch([0, 1]).target_tokens == 0
+    with pytest.raises(UserError, match=r"no sample has a picture that can be read.*broken\.png"):
+        data.batch([1, 2])
 
 
 def test_pixels_of_the_workers_are_those_of_one_picture_after_the_other(
@@ -250,6 +262,16 @@ def test_a_pass_that_ends_inside_a_window_loses_and_repeats_nothing() -> None:
     order = order_of([7] * 10)
     seen = np.concatenate([order.step(s) for s in range(30)])  # 12 passes of 10
     assert np.bincount(seen).tolist() == [12] * 10
+
+
+@pytest.mark.parametrize(("steps", "left"), [(3, 0), (25, 1), (33, 0), (50, 2)])
+def test_windows_fill_a_pass_so_that_one_pass_repeats_next_to_nothing(
+    steps: int, left: int
+) -> None:
+    lengths = np.random.default_rng(3).integers(5, 50, 4 * steps).tolist()
+    order = order_of(lengths, window_steps=16)
+    seen = np.concatenate([order.step(s) for s in range(steps)])
+    assert len(set(seen.tolist())) >= 4 * (steps - left), "16 a window would miss more"
 
 
 def test_samples_of_one_step_have_about_one_length() -> None:

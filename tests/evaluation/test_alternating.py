@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 
+from rwkvtune.cli.alternating import _schedules
 from rwkvtune.cli.main import guarded
 from rwkvtune.demo.alternating_checkpoints import make
 from rwkvtune.errors import UserError
@@ -29,8 +30,8 @@ from rwkvtune.evaluation.alternating import (
 )
 from rwkvtune.evaluation.alternating_view import AttentionTable, layer_views, mask_as_text
 from rwkvtune.inference.alternating import processor_of
-from rwkvtune.models.alternating.masks import Variant
 from rwkvtune.models.alternating.tokenizer import byte_tokenizer
+from rwkvtune.models.alternating.variants import Variant
 from tests.models.alternating.tiny import GOLDEN, composed_model, golden_embeddings, golden_model
 
 
@@ -156,6 +157,8 @@ def test_views_of_masks_count_the_golden_pairs() -> None:
     assert drawn == expected
     coarse = mask_as_text(torch.tril(torch.ones(8, 8)).bool(), 4).split("\n")
     assert coarse == ["+", "#+", "##+", "###+"]
+    uneven = mask_as_text(torch.tril(torch.ones(7, 7)).bool(), 4).split("\n")
+    assert uneven == ["+", "#+", "##+", "####"]  # the last cell is a single pair
 
 
 def test_an_attention_table_streams_and_adds_up(tmp_path: Path) -> None:
@@ -177,6 +180,8 @@ def test_an_attention_table_streams_and_adds_up(tmp_path: Path) -> None:
     stacked = torch.stack([seen.by_head for _, seen in rows])
     mean, spread = table.mean_and_spread()
     torch.testing.assert_close(mean.float(), stacked.mean(0))
+    (image,) = table.mean_by_image()
+    torch.testing.assert_close(image.float(), stacked.mean((0, 2)))
     torch.testing.assert_close(spread.float(), stacked.std(0, correction=0), atol=1e-4, rtol=1e-3)
     first = stacked[0, 0].mean().item()
     assert float(read[1][2]) == pytest.approx(first, abs=1e-6)
@@ -230,11 +235,20 @@ def test_a_sweep_trains_every_cell_once_and_prints_a_table(
     assert run(folder, command) == 0
     assert "wrote the model" not in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    assert run(folder, command.replace("max_steps 1", "max_steps 2")) == 2
+    assert "max_steps: 1 -> 2" in capsys.readouterr().err
+
+
+def test_schedules_of_a_sweep_may_be_lists_of_layers() -> None:
+    assert _schedules("alternate,first_k:2") == ["alternate", "first_k:2"]
+    assert _schedules("first_k:2,1,3;2,4,none") == ["first_k:2", "1,3", "2,4", "none"]
 
 
 def test_wrong_commands_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command, reason in (
         ("mask", "no command 'mask'"),
+        ("masks --model M --data_path D --variant cross", "invalid choice: 'cross'"),
+        ("eval --model M --data_path D --limit -1", "-1: give a whole number, 0 = all"),
         ("eval --model F/qwen2-base-or-local --data_path F/blink.jsonl", "language model alone"),
         ("masks --model F/gone --data_path F/laion_subset.json", "no folder"),
         (

@@ -239,6 +239,29 @@ def test_tasks_in_local_files_give_the_numbers_of_their_definitions(
     assert perplexity.error is not None and perplexity.error > 0
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ('{"question": "x"', "a task does not fit its data: "),
+        ("", "a file of it is empty"),
+        ('{"q": "x", "choices": ["a", "b"], "answer": 0}\n', "'question' is undefined"),
+    ],
+)
+def test_data_that_does_not_fit_its_task_is_told_in_one_line(
+    model: LanguageModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    data: str,
+    message: str,
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "quiz.yaml").write_text(QUIZ)
+    (tmp_path / "quiz.jsonl").write_text(data)
+    with pytest.raises(UserError, match=message) as raised:
+        run_tasks(harness(model), find_tasks([str(tmp_path / "quiz.yaml")]))
+    assert "\n" not in str(raised.value)
+
+
 def test_a_task_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match="there is no task file nowhere.yaml"):
         find_tasks(["nowhere.yaml"])

@@ -27,7 +27,7 @@ from rwkvtune.inference.alternating import (
     load_adapter,
     save_adapter,
 )
-from rwkvtune.models.alternating.masks import Variant
+from rwkvtune.models.alternating.variants import Variant
 from tests.models.alternating.tiny import composed_model, golden_model
 
 PUBLISHED_NAMES = {

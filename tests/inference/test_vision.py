@@ -153,6 +153,18 @@ def test_eval_scores_exact_match_and_the_likeliest_option(
     assert len(head) > 0 and chosen == options[int(scores.argmax())]
 
 
+def test_eval_without_a_picture_to_ask_about_is_an_error(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"image": "a.jpg", "text": "What?", "answer": "x"}\n')
+    args = ["eval", str(folder), "--questions", str(path)]
+    assert guarded("vision", args) == 2
+    assert "none of the questions can be asked: question 1: a.jpg" in capsys.readouterr().err
+    assert guarded("vision", [*args, "--image_folder", str(tmp_path / "no")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
+
+
 def test_what_does_not_belong_together_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no adapter-"):
         load_vision(tmp_path)
@@ -170,6 +182,27 @@ def test_what_does_not_belong_together_is_refused(folder: Path, tmp_path: Path) 
     save_weights(bare, weights)
     with pytest.raises(UserError, match=r"not whole: proj\.2\.bias is missing"):
         read_adapter(bare)
+
+
+def test_relative_paths_of_a_run_are_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = settings(tmp_path / "run", epoch_steps=1)
+    for name in ("load_model", "encoder_path", "data_file"):
+        given[name] = str(Path(given[name]).relative_to(vision_files()))
+    monkeypatch.chdir(vision_files())
+    assert train_vision(from_flat(given)) == 0
+    monkeypatch.chdir(tmp_path)
+    assert load_vision(Path("run")).notes == ()
+
+
+def test_another_encoder_than_that_of_the_training_is_told(folder: Path, tmp_path: Path) -> None:
+    from rwkvtune.models.vision.tiny import save_siglip, tiny_siglip
+
+    save_siglip(tiny_siglip(seed=5), tmp_path / "other", side=42)
+    [note] = load_vision(folder, encoder_path=str(tmp_path / "other")).notes
+    assert "trained with another encoder" in note
+    assert load_vision(folder).notes == ()
 
 
 def test_the_newest_adapter_of_a_folder_is_the_final_one_or_the_latest(tmp_path: Path) -> None:

@@ -206,6 +206,8 @@ def test_a_step_that_is_not_finite_ends_with_4(
         ("--model_name_or_path M --dry_rum", "unknown settings: dry_rum (did you mean dry_run?)"),
         ("--model_name_or_path M --variant cross", "variant=cross must be one of auto"),
         ("--model_name_or_path M --dry_run --bits 4", "bits=4"),
+        ("--model_name_or_path M --dry_run_step --mm_patch_merge_type x", "merge_type=x is not"),
+        ("--model_name_or_path M --dry_run_step --image_grid_pinpoints x", "pinpoints is 'x'"),
         ("--model_name_or_path M --attn_implementation flash_attention_2", "cannot follow"),
         ("--model_name_or_path M --dry_run --bf16 --fp16", "two precisions"),
         ("--model_name_or_path M --dry_run --mm_tunable_parts lm", "choose from mm_mlp_adapter"),
@@ -247,12 +249,39 @@ def test_a_backbone_of_other_dimensions_or_another_family_says_what_differs(
     assert "shape-mismatched (not copied), " in capsys.readouterr().out
     same = flags.replace(f"{tmp_path}/small", "qwen2-base-or-local")
     assert run(f"{same} --dry_run_step", here) == 0
+    assert "copied 74 params from backbone into alternating model" in capsys.readouterr().out
+    parts = json_of(f"{same} --inspect_weights", here, capsys)["tensors"]
+    found = {part: (counts["matched"], counts["missing"]) for part, counts in parts.items()}
+    assert found == {"lm": (74, 0), "newline": (1, 0), "projector": (4, 0), "vision": (37, 0)}
 
     llama: Any = LlamaConfig(**sizes)  # type: ignore[arg-type]
     LlamaForCausalLM(llama).save_pretrained(tmp_path / "llama")
     other = f"--init_from_backbone --backbone_model {tmp_path}/llama --dry_run_step"
     assert run(other, here) == 2
     assert "llama is a llama model" in capsys.readouterr().err.replace(f"{tmp_path}/", "")
+
+
+def test_a_dry_run_reads_the_configuration_alone_and_imports_no_torch(folder: Path) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from rwkvtune.cli.alternating_train import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    name = folder / "path_or_repo_with_alternating_cross_attn"
+    words = [
+        "--model_name_or_path",
+        str(name),
+        "--data_path",
+        "/no/such.json",
+        "--dry_run",
+        "--json",
+    ]
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+    assert json.loads(done.stdout) == {
+        "model_type": "llava_qwen_with_alternating_cross_attn",
+        "variant": "alternating_cross",
+        "exit_code": 0,
+    }
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,7 +145,7 @@ def test_a_flag_that_cannot_be_followed_warns_or_is_refused(flag: Any) -> None:
         ("--my_exit 4", {"epoch_count": 5}),
         ("--my_exit 4 --epoch_begin 2", {"epoch_count": 3}),
         ("--head_size_a 32", {"head_size": 32}),
-        ("--dim_att 2560", {"n_embd": 2560}),
+        ("--dim_att 2560 --n_embd 1024", {"dim_att": 2560, "n_embd": 1024}),
         ("--devices -1", {"devices": "auto"}),
         ("--random_seed -1", {"random_seed": VisionConfig().random_seed}),
         ("--random_seed 7", {"random_seed": 7}),
@@ -181,10 +181,10 @@ def test_other_data_types_are_refused_with_the_reason(kind: str) -> None:
     ("argv", "reason"),
     [
         ("--my_testing x060", "only x070"),
-        ("--dim_att 64 --n_embd 128", "as wide as n_embd"),
         ("--quant fp8", "not there for vision runs"),
-        ("--peft miss", "not there for vision runs"),
+        ("--peft adalora", "not there for vision runs"),
         ("--copy x", "whole number"),
+        ("--my_exit 1 --epoch_begin 2", "before the first mini-epoch"),
         ("--no_such_flag 1", "unknown flag --no_such_flag"),
         ("--micro_bzs 1", "did you mean --micro_bsz"),
     ],
@@ -194,6 +194,12 @@ def test_other_wishes_are_refused(argv: str, reason: str) -> None:
         translate(argv.split())
 
 
+def test_what_is_no_number_is_told_with_all_that_is_wrong() -> None:
+    assert (
+        "epoch_begin='x' must be" in settings("--epoch_begin", "x", "--my_exit", "3").problems()[0]
+    )
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_published_command_runs_as_printed_on_small_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -201,7 +207,8 @@ def test_the_published_command_runs_as_printed_on_small_files(
     write_fixture(tmp_path)
     assert all((tmp_path / name).exists() for name in (MODEL, ENCODER, DATA))
     monkeypatch.chdir(tmp_path)
-    assert guarded("world_train", arguments("--micro_bsz", "8", "--epoch_steps", "20")) == 0
+    shorter = arguments("--micro_bsz", "8", "--epoch_steps", "20", "--throughput_log_steps", "10")
+    assert guarded("world_train", shorter) == 0
     said = capsys.readouterr().out
     folder = tmp_path / "out" / "vision-adapter-stage1-siglip"
     assert len(metrics(folder)) == 2, "every tenth step"
@@ -214,3 +221,5 @@ def test_the_published_command_runs_as_printed_on_small_files(
         "lr_schedule wsd: world_train.py's curve",
     ):  # fmt: skip
         assert part in said, part
+    samples, visual = re.findall(r"([\d.]+) (?:samples|visual tokens)/s", said)
+    assert float(visual) == pytest.approx(9 * float(samples), rel=0.02), "9 tokens per picture"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from rwkvtune.cli.alternating_train import parse
 from rwkvtune.cli.main import guarded
 from rwkvtune.demo.alternating_checkpoints import make
 from rwkvtune.errors import UserError
@@ -21,6 +23,7 @@ from rwkvtune.training.alternating import (
     checkpoints,
     choose_trainable,
     parameter_groups,
+    prepare,
     processor_of,
     synthetic_batch,
 )
@@ -195,6 +198,35 @@ def test_a_second_run_in_the_same_folder_is_kept_out(
     assert "another run" in capsys.readouterr().err
 
 
+def test_a_folder_of_another_run_is_refused_and_one_that_is_done_says_so(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--max_steps", "2", "--logging_steps", "1"]
+    assert guarded("alternating_train", flags(folder, tmp_path, *short)) == 0
+    out = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"^step \d/2  loss (\S+)", out, re.MULTILINE)]
+    mean = re.search(r"^2 steps done, mean loss (\S+)$", out, re.MULTILINE)
+    assert len(losses) == 2 and mean
+    assert float(mean[1]) == pytest.approx(sum(losses) / 2, abs=1e-4)
+    before = weights(tmp_path)
+    assert guarded("alternating_train", flags(folder, tmp_path, *short)) == 0
+    out = capsys.readouterr().out
+    assert "all 2 steps were done before" in out and mean[0] in out
+    words = flags(folder, tmp_path, *short, "--seed", "7")
+    cross = [word.replace("alternating_attn", "alternating_cross_attn") for word in words]
+    assert guarded("alternating_train", cross) == 2
+    error = capsys.readouterr().err
+    assert "seed: 42 -> 7" in error and "-> 'LlavaQwenWithAlternatingCrossAttnModel'" in error
+    after = weights(tmp_path)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_fp16_without_a_gpu_is_refused() -> None:
+    settings = AlternatingSettings.from_flat({"fp16": True, "use_cpu": True})
+    with pytest.raises(UserError, match="fp16"):
+        prepare(golden_model("base"), settings)
+
+
 def test_settings_without_effect_are_told_and_wrong_ones_listed_together() -> None:
     settings = AlternatingSettings.from_flat(
         {"mm_resampler_type": "qformer", "early_mix_text": True, "model_name_or_path": "x"}
@@ -205,6 +237,32 @@ def test_settings_without_effect_are_told_and_wrong_ones_listed_together() -> No
     )
     found = wrong.problems()
     assert len(found) == 3 and "learning_rate=-1.0" in found[0]
+
+
+def test_the_flags_of_llavas_training_scripts_are_known() -> None:
+    words = """--deepspeed zero3.json --model_name_or_path M --version qwen_1_5 --data_path d.yaml
+        --image_folder I --video_folder V --vision_tower T --mm_projector_type mlp2x_gelu
+        --mm_tunable_parts=mm_vision_tower,mm_mlp_adapter,mm_language_model,mm_vision_resampler
+        --mm_vision_tower_lr=2e-6 --mm_projector_lr 1e-3 --mm_vision_select_layer -2
+        --mm_use_im_start_end False --mm_use_im_patch_token False --mm_patch_merge_type
+        spatial_unpad --image_aspect_ratio anyres_max_9 --image_grid_pinpoints (1x1),...,(6x6)
+        --group_by_modality_length True --bf16 True --run_name r --output_dir o
+        --num_train_epochs 1 --per_device_train_batch_size 1 --per_device_eval_batch_size 4
+        --gradient_accumulation_steps 2 --evaluation_strategy no --save_strategy steps
+        --save_steps 1000 --save_total_limit 1 --learning_rate 1e-5 --weight_decay 0.
+        --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 --tf32 True
+        --model_max_length 32768 --gradient_checkpointing True --dataloader_num_workers 4
+        --lazy_preprocess True --report_to wandb --torch_compile True
+        --torch_compile_backend inductor --dataloader_drop_last True --frames_upbound 32
+        --lora_enable True --lora_r 32 --lora_alpha 64 --lora_dropout 0.05
+        --attn_implementation eager --mm_newline_position grid"""
+    settings = parse(words.split())
+    assert settings.problems() == []
+    told = settings.without_effect()
+    assert [line.split("=")[0].split(":")[0] for line in told] == [
+        "mm_vision_select_layer", "mm_use_im_patch_token", "per_device_eval_batch_size",
+        "mm_tunable_parts",
+    ]  # fmt: skip
 
 
 def test_a_made_up_sample_fits_a_model_with_and_without_a_tower() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from rwkvtune.checkpoint import load_weights, newest_resume_state, save_weights
@@ -131,10 +132,20 @@ def test_a_batch_without_labels_gives_no_nan(tmp_path: Path) -> None:
     assert float(loss) == 0
     assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in model.adapter.parameters())
 
-    short = tmp_path / "short"
-    assert train(short, ctx_len=20, epoch_steps=2) == 0, "all answers lie behind the cut"
-    assert losses(short) == [0.0, 0.0]
-    final = load_weights(short / "adapter-final.safetensors")
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (8, 8)).save(data / "good.png")
+    (data / "broken.png").write_bytes(b"no picture")
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "a wall"}]
+    pictures = ["broken.png"] * 4 + ["good.png"] * 4
+    (data / "chat.json").write_text(
+        json.dumps([{"image": name, "conversations": turns} for name in pictures])
+    )
+    half = tmp_path / "half"
+    assert train(half, data_file=str(data), data_shuffle=False, epoch_steps=2) == 0
+    first, second = losses(half)
+    assert first == 0 and 0 < second < 20, "of the first four nothing can be read"
+    final = load_weights(half / "adapter-final.safetensors")
     assert all(t.isfinite().all() for t in final.values())
 
 
@@ -273,6 +284,30 @@ def test_a_packed_base_is_trained_by_lora_only(stage_1: Path, tmp_path: Path, se
         torch.testing.assert_close(merged(inputs_embeds=x)[0], theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_a_pissa_run_goes_on_to_the_same_bits_and_on_no_other_base(
+    stage_1: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base.pth"
+    weights = load_weights(vision_files() / MODEL)
+    save_weights(base, weights)
+    options: dict[str, Any] = {
+        "train_step": "adapter rwkv", "peft": "pissa", "peft_config": '{"r": 4}', "epoch_steps": 1,
+        "load_adapter": str(stage_1 / "adapter-final.safetensors"), "load_model": str(base),
+        "lr_schedule": "constant", "lr_init": 1e-3,
+    }  # fmt: skip
+    assert train(tmp_path / "whole", **options, epoch_count=2) == 0
+    for epochs in (1, 2):
+        assert train(tmp_path / "parts", **options, epoch_count=epochs) == 0
+    file = "lora-final/adapter_model.safetensors"
+    whole, parts = (load_weights(tmp_path / name / file) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(parts[name], tensor) for name, tensor in whole.items())
+    base.unlink()
+    save_weights(base, weights | {"ln_out.bias": weights["ln_out.bias"] + 1e-3})
+    with pytest.raises(UserError, match="has other values than the weights"):
+        train(tmp_path / "parts", **options, epoch_count=3)
+
+
 def test_the_encoder_is_trained_and_saved_where_that_was_asked_for(
     stage_1: Path, tmp_path: Path, seen: Seen
 ) -> None:
@@ -329,8 +364,11 @@ def test_published_files_of_both_styles_give_the_same_answers(
 def test_wrong_shapes_warn_with_the_right_ones_or_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(tmp_path, n_layer=24, n_embd=1024, epoch_steps=1) == 0
-    assert "n_layer 24 (the file's is 2), n_embd 1024 (the file's is 64)" in capsys.readouterr().out
+    assert train(tmp_path, n_layer=24, n_embd=1024, dim_att=96, epoch_steps=1) == 0
+    said = capsys.readouterr().out
+    assert "n_layer 24 (the file's is 2), n_embd 1024 (the file's is 64), dim_att 96 (" in said
+    assert train(tmp_path / "right", n_layer=2, dim_att=64, epoch_steps=1) == 0
+    assert "wrong shapes" not in capsys.readouterr().out
     with pytest.raises(UserError, match=r"n_layer 24 \(the file's is 2\)"):
         train(tmp_path / "strict", n_layer=24, strict_shape=True)
 
@@ -371,7 +409,17 @@ def test_the_other_schedules_are_what_their_names_say() -> None:
         ({"adapter_conv": "3"}, "KERNEL,STRIDE"),
         ({"quant": "fp8"}, "quant='fp8' must be one of"),
         ({"peft": "lora"}, "would train nothing"),
-        ({"peft_config": "{"}, "peft_config"),
+        ({"peft_config": "{"}, "needs --peft lora"),
+        ({"train_step": "rwkv", "peft": "lora", "peft_config": "{"}, "is no JSON object"),
+        ({"train_step": "rwkv", "peft": "pissa", "quant": "nf4"}, "pissa takes its first"),
+        (
+            {"train_step": "rwkv", "peft": "lora", "peft_config": '{"init_lora_weights": "eva"}'},
+            "changes the base's weights",
+        ),
+        (
+            {"train_step": "rwkv", "peft": "lora", "peft_config": '{"rank": 4}'},
+            "peft_config has rank, which peft's LoraConfig does not know",
+        ),
         ({"load_model": ""}, "load_model is missing"),
         ({"encoder_type": "clip"}, "is a siglip_vision_model checkpoint"),
         ({"encoder_type": "whisper"}, "encodes speech"),

@@ -18,11 +18,11 @@ from rwkvtune.models.alternating.masks import (
     DEFAULT_SCHEDULE,
     RULES,
     Split,
-    Variant,
     special_layers,
     special_mask,
     with_generated,
 )
+from rwkvtune.models.alternating.variants import Variant
 
 SPLIT = "split"
 ANY_DECODER = "alternating_any_decoder"

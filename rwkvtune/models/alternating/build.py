@@ -17,7 +17,6 @@ from rwkvtune.models.alternating.config import (
     decoder_config,
     tower_config,
 )
-from rwkvtune.models.alternating.masks import Variant
 from rwkvtune.models.alternating.model import (
     LlavaOnevisionWithAlternatingAttn,
     LlavaOnevisionWithAlternatingCrossAttn,
@@ -25,6 +24,7 @@ from rwkvtune.models.alternating.model import (
     LlavaQwenWithAlternatingAttnForCausalLM,
     LlavaQwenWithAlternatingCrossAttnForCausalLM,
 )
+from rwkvtune.models.alternating.variants import Variant
 
 _DECODERS: dict[Variant, Any] = {
     "alternating": LlavaQwenWithAlternatingAttnForCausalLM,

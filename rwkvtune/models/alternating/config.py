@@ -25,9 +25,9 @@ from rwkvtune.models.alternating.masks import (
     RULES,
     Rule,
     TextOnly,
-    Variant,
     special_layers,
 )
+from rwkvtune.models.alternating.variants import Variant
 
 
 class MaskSettings:
@@ -95,16 +95,6 @@ COMPOSED_CONFIGS: dict[Variant, type[LlavaOnevisionConfig]] = {
     "alternating_cross": LlavaOnevisionWithAlternatingCrossAttnConfig,
     "base": LlavaOnevisionConfig,
 }
-
-
-def variant_of(model_type: str | None) -> Variant | None:
-    """The variant that a model_type stands for; None for one that is not known."""
-    if not model_type:
-        return None
-    name = model_type.lower()
-    if "alternating_cross" in name:
-        return "alternating_cross"
-    return "alternating" if "alternating_attn" in name else "base"
 
 
 def decoder_config(source: PretrainedConfig, variant: Variant, **settings: Any) -> Qwen2Config:
@@ -189,10 +179,13 @@ def pinpoints(value: str | list[Any], view_size: int) -> list[list[int]]:
         if cells:
             return [[h * view_size, w * view_size] for w, h in cells]
         try:
-            value = ast.literal_eval(value)
+            given = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            value = []
-    points = [list(point) for point in value] if isinstance(value, list | tuple) else []
+            given = None
+    else:
+        given = value
+    is_list = isinstance(given, list | tuple) and all(isinstance(p, list | tuple) for p in given)
+    points = [list(point) for point in given] if is_list else []
     if not points or any(len(p) != 2 or not all(isinstance(n, int) for n in p) for p in points):
         raise UserError(
             f"image_grid_pinpoints is {value!r}: expected (1x1),...,(6x6) or [[width, height], ...]"

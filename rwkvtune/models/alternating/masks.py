@@ -24,7 +24,6 @@ from rwkvtune.errors import UserError
 
 TEXT, VISUAL = 0, 1
 
-Variant = Literal["alternating", "alternating_cross", "base"]
 TextOnly = Literal["formula", "causal"]
 
 DEFAULT_SCHEDULE = "alternate_keep_last"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rwkvtune.models.frame import LanguageModel
@@ -106,10 +105,3 @@ def labelled_rows(hidden: Tensor, targets: Tensor, ignored: int) -> tuple[Tensor
     """
     places = (targets.flatten() != ignored).nonzero()[:, 0]
     return hidden.flatten(0, 1).index_select(0, places), targets.flatten()[places]
-
-
-@torch.no_grad()
-def freeze(module: nn.Module, *, but: frozenset[str] = frozenset()) -> None:
-    """Take all parameters of a module out of training, except those named."""
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and name in but)

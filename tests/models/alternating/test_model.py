@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Qwen2F
 from rwkvtune.errors import UserError
 from rwkvtune.models.alternating.attention import enable_alternating, modalities
 from rwkvtune.models.alternating.config import DECODER_CONFIGS, decoder_config
-from rwkvtune.models.alternating.masks import Variant
+from rwkvtune.models.alternating.variants import Variant
 
 from .tiny import GOLDEN, composed_model, golden_embeddings, golden_model
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, SiglipVisionConfig
 
 from rwkvtune.models.alternating.config import COMPOSED_CONFIGS, DECODER_CONFIGS
-from rwkvtune.models.alternating.masks import Variant
 from rwkvtune.models.alternating.model import (
     LlavaOnevisionWithAlternatingAttn,
     LlavaOnevisionWithAlternatingCrossAttn,
     LlavaOnevisionWithModalities,
 )
+from rwkvtune.models.alternating.variants import Variant
 
 GOLDEN: dict[str, Any] = json.loads(
     (Path(__file__).parents[2] / "golden" / "alternating_masks.json").read_text()
