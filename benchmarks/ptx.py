@@ -160,7 +160,8 @@ def usual(head_size: int, capability: int) -> list[Way]:
     forward = {"HAS_STATE": False, "IDENTITY": False, "WRITE_Y": True, "WRITE_STATES": True}
     backward = {"HAS_FINAL": True, "WRITE_STATES": True}
     values = {"VALUES": shared.values_per_program(head_size, capability)}
-    values_at_end = {"VALUES": min(head_size, wkv7.BACKWARD_VALUES)}
+    at_end = wkv7.backward_options(head_size)
+    warps = at_end.pop("num_warps")
     precision = {"PRECISION": "tf32"}
     one = {"SHARED": False}
     head = {"N": head_size, "TOKENS": fused.TOKENS}
@@ -171,11 +172,11 @@ def usual(head_size: int, capability: int) -> list[Way]:
         Way(wkv7._invert, chunk | precision, 1),
         Way(wkv7._forward, chunk | precision | values | forward),
         Way(wkv7._state_gradient, chunk | precision | values | backward),
-        Way(wkv7._backward, chunk | precision | values_at_end),
+        Way(wkv7._backward, chunk | precision | at_end, warps),
         Way(wkv6._scores, chunk | one),
         Way(wkv6._forward, chunk | precision | values | one | forward),
         Way(wkv6._state_gradient, chunk | precision | values | one | backward),
-        Way(wkv6._backward, chunk | precision | one),
+        Way(wkv6._backward, chunk | precision | one, warps),
         Way(fused._shift, shift),
         Way(fused._shift_backward, shift),
         Way(fused._keys, head),

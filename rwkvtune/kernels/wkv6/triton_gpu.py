@@ -335,7 +335,7 @@ class _Wkv6(torch.autograd.Function):
         dw = r.new_empty(per_chunk, dtype=torch.float32) if is_shared else torch.empty_like(w)
         _backward[spread.parallel](
             r, k, v, w, u, scores, reset, dy, states, d_states, dr, dk, dv, dw, du,
-            *sizes, PRECISION=ctx.precision, **common,
+            *sizes, PRECISION=ctx.precision, num_warps=8 if spread.N > 64 else 4, **common,
         )  # fmt: skip
         if is_shared:
             dw = dw.sum((0, 2)).to(w.dtype)

@@ -56,8 +56,8 @@ from .reference import LOG_DECAY_SCALE
 
 SCALE = tl.constexpr(LOG_DECAY_SCALE)
 LOG2_SCALE = tl.constexpr(LOG_DECAY_SCALE / math.log(2))
-BACKWARD_VALUES = 64
-"""Columns of the state that a program of the last kernel takes at once."""
+STATE_IN_REGISTERS = 4096
+"""Elements of a state that a program of the last kernel takes at once."""
 
 
 @triton.jit
@@ -298,6 +298,11 @@ def _backward(r, w, k, v, a, b, inverse, reset, dy, states, d_states,
     write(dw, origin, rows + columns, exists, d_w)
 
 
+def backward_options(N: int) -> dict[str, int]:
+    """How `_backward` is compiled for heads of this size, so that it fits into registers."""
+    return {"VALUES": min(N, STATE_IN_REGISTERS // N), "num_warps": 8 if N > 64 else 4}
+
+
 def wkv7_triton(
     r: Tensor,
     w: Tensor,
@@ -392,7 +397,7 @@ class _Wkv7(torch.autograd.Function):
         gradients = [torch.empty_like(x) for x in (r, w, k, v, a, b)]
         _backward[spread.parallel](
             r, w, k, v, a, b, inverse, reset, dy, states, d_states, *gradients,
-            *sizes, VALUES=min(spread.N, BACKWARD_VALUES), **common,
+            *sizes, **backward_options(spread.N), **common,
         )  # fmt: skip
         needed = ctx.needs_input_grad
         wanted = [g if need else None for g, need in zip(gradients, needed, strict=False)]
