@@ -79,6 +79,7 @@ def counts(N: int) -> dict[str, Any]:
 
     Each tensor counts once per kernel that reads or writes it; the two sequential kernels read what
     belongs to the keys once for each block of values, of which a cache may serve all but the first.
+    (One block on an H100 or H200. What the last kernel reads a second time is in a cache.)
     """
     from rwkvtune.kernels.triton_gpu import CHUNK_LEN as n
     from rwkvtune.kernels.triton_gpu import values_per_program

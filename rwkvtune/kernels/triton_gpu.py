@@ -102,6 +102,15 @@ def documents(reset, bh, chunk, T, H, n: tl.constexpr, HAS_RESET: tl.constexpr):
 
 
 @triton.jit
+def last_of(document, HAS_RESET: tl.constexpr):
+    """The document that the chunk ends in."""
+    last = 0  # a constant, so that what asks for it is left out of the program
+    if HAS_RESET:
+        last = tl.max(document, 0)
+    return last
+
+
+@triton.jit
 def triangle(product, document, n: tl.constexpr, STRICT: tl.constexpr):
     """product [n, n] where the token of the row may see that of the column, else 0."""
     token = tl.arange(0, n)

@@ -39,6 +39,7 @@ from ..triton_gpu import (
     chunk_and_head,
     documents,
     dot,
+    last_of,
     operands_of,
     part_head_and_segment,
     place,
@@ -128,7 +129,7 @@ def _forward(r, k, v, w, scores, reset, state, y, states, final,
             tl.store(states + at_chunk * N * N + square, X.to(states.dtype.element_ty))
         origin, rows, exists = place(bh, chunk, T, H, N, n)
         document = documents(reset, bh, chunk, T, H, n, HAS_RESET)
-        last = tl.max(document, 0)
+        last = last_of(document, HAS_RESET)
         if not IDENTITY:
             V = read(v, origin, rows + values, exists)
         if WRITE_Y:
@@ -171,7 +172,7 @@ def _state_gradient(r, w, reset, dy, d_final, d_states, d_state,
             tl.store(d_states + at_chunk * N * N + square, dX.to(d_states.dtype.element_ty))
         origin, rows, exists = place(bh, chunk, T, H, N, n)
         document = documents(reset, bh, chunk, T, H, n, HAS_RESET)
-        last = tl.max(document, 0)
+        last = last_of(document, HAS_RESET)
         before = tl.cumsum(_log_decays(w, bh, chunk * n, T, H, N, n, -1, SHARED), 0)
         R = read(r, origin, rows + columns, exists) * tl.exp(before)
         R *= tl.where(document == 0, 1.0, 0.0)[:, None]
@@ -194,7 +195,7 @@ def _backward(r, k, v, w, u, scores, reset, dy, states, d_states,
     token = tl.arange(0, n)
     origin, rows, exists = place(bh, chunk, T, H, N, n)
     document = documents(reset, bh, chunk, T, H, n, HAS_RESET)
-    last = tl.max(document, 0)
+    last = last_of(document, HAS_RESET)
     log = _log_decays(w, bh, chunk * n, T, H, N, n, 0, SHARED)
     to_start = tl.exp(tl.cumsum(_log_decays(w, bh, chunk * n, T, H, N, n, -1, SHARED), 0))
     to_start *= tl.where(document == 0, 1.0, 0.0)[:, None]

@@ -44,6 +44,7 @@ from ..triton_gpu import (
     chunk_and_head,
     documents,
     dot,
+    last_of,
     operands_of,
     part_head_and_segment,
     place,
@@ -55,6 +56,7 @@ from ..triton_gpu import (
 from .reference import LOG_DECAY_SCALE
 
 SCALE = tl.constexpr(LOG_DECAY_SCALE)
+LOG2_E = tl.constexpr(1 / math.log(2))
 LOG2_SCALE = tl.constexpr(LOG_DECAY_SCALE / math.log(2))
 STATE_IN_REGISTERS = 4096
 """Elements of a state that a program of the last kernel takes at once."""
@@ -64,7 +66,7 @@ STATE_IN_REGISTERS = 4096
 def _decays(w, origin, tile, exists):
     """sigmoid(w), the logarithm to base 2 of each decay and its running sum, [n, N]; tokens that do
     not exist decay nothing. A power of 2 is one instruction, one of e is five."""
-    gate = tl.sigmoid(read(w, origin, tile, exists))
+    gate = 1.0 / (1.0 + tl.exp2(read(w, origin, tile, exists) * -LOG2_E))
     log = tl.where(exists, gate * LOG2_SCALE, 0.0)
     return gate, log, tl.cumsum(log, 0)
 
@@ -122,7 +124,7 @@ def _forward(r, w, k, v, a, b, inverse, reset, state, y, states, final,
         origin, rows, exists = place(bh, chunk, T, H, N, n)
         _, log, total = _decays(w, origin, rows + columns, exists)
         document = documents(reset, bh, chunk, T, H, n, HAS_RESET)
-        last = tl.max(document, 0)
+        last = last_of(document, HAS_RESET)
         end = tl.exp2(tl.sum(log, 0))
         at = read(a, origin, rows + columns, exists) * tl.exp2(total - log)
         undo = tl.exp2(-total)
@@ -180,7 +182,7 @@ def _state_gradient(r, w, a, b, inverse, reset, dy, d_final, d_states, d_state,
         origin, rows, exists = place(bh, chunk, T, H, N, n)
         _, log, total = _decays(w, origin, rows + columns, exists)
         document = documents(reset, bh, chunk, T, H, n, HAS_RESET)
-        last = tl.max(document, 0)
+        last = last_of(document, HAS_RESET)
         end = tl.exp2(tl.sum(log, 0))
         at = read(a, origin, rows + columns, exists) * tl.exp2(total - log)
         rt = read(r, origin, rows + columns, exists) * tl.exp2(total)
@@ -222,7 +224,7 @@ def _backward(r, w, k, v, a, b, inverse, reset, dy, states, d_states,
     token = tl.arange(0, n)
     origin, rows, exists = place(bh, chunk, T, H, N, n)
     document = documents(reset, bh, chunk, T, H, n, HAS_RESET)
-    last = tl.max(document, 0)
+    last = last_of(document, HAS_RESET)
     sees_start = tl.where(document == 0, 1.0, 0.0)[:, None]
     reaches_end = tl.where(document == last, 1.0, 0.0)[:, None]
 
