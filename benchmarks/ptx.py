@@ -161,7 +161,7 @@ def usual(head_size: int, capability: int) -> list[Way]:
     forward = {"HAS_STATE": False, "IDENTITY": False, "WRITE_Y": True, "WRITE_STATES": True}
     backward = {"HAS_FINAL": True, "WRITE_STATES": True}
     values = {"VALUES": shared.values_per_program(head_size, capability)}
-    at_end = wkv7.backward_options(head_size)
+    at_end = wkv7.backward_options(head_size, "tf32")
     warps = at_end.pop("num_warps")
     precision = {"PRECISION": "tf32"}
     one = {"SHARED": False}

@@ -300,9 +300,10 @@ def _backward(r, w, k, v, a, b, inverse, reset, dy, states, d_states,
     write(dw, origin, rows + columns, exists, d_w)
 
 
-def backward_options(N: int) -> dict[str, int]:
+def backward_options(N: int, precision: str) -> dict[str, int]:
     """How `_backward` is compiled for heads of this size, so that it fits into registers."""
-    return {"VALUES": min(N, STATE_IN_REGISTERS // N), "num_warps": 8 if N > 64 else 4}
+    is_small = N <= 64 and precision == "tf32"
+    return {"VALUES": min(N, STATE_IN_REGISTERS // N), "num_warps": 4 if is_small else 8}
 
 
 def wkv7_triton(
@@ -399,7 +400,7 @@ class _Wkv7(torch.autograd.Function):
         gradients = [torch.empty_like(x) for x in (r, w, k, v, a, b)]
         _backward[spread.parallel](
             r, w, k, v, a, b, inverse, reset, dy, states, d_states, *gradients,
-            *sizes, **backward_options(spread.N), **common,
+            *sizes, **backward_options(spread.N, common["PRECISION"]), **common,
         )  # fmt: skip
         needed = ctx.needs_input_grad
         wanted = [g if need else None for g, need in zip(gradients, needed, strict=False)]
