@@ -56,7 +56,7 @@ ONLY_IN = {
     "lightning_fabric": r"training/fabric\.py",
     "lightning": r"training/fabric\.py",
     "pytorch_lightning": r"training/fabric\.py",
-    "deepspeed": r"training/fabric\.py",
+    "deepspeed": r"training/zero\.py",
     "transformers": r"(models/(vision|alternating)/.*|training/alternating)\.py",
     "peft": r"adapters/.*\.py",
     "bitsandbytes": r"adapters/.*\.py",
@@ -74,8 +74,9 @@ MAY_SPELL_AS_PUBLISHED = (
     "configs/",
     "models/rwkv7/config.py",
 )
-# RWKVTUNE_MODELS is read wherever weights of a preset are looked for.
-MAY_READ_ENVIRONMENT = r"(kernels/dispatch|configs/weights_file|cli/.*)\.py"
+# RWKVTUNE_MODELS is read wherever weights of a preset are looked for; launchers and DeepSpeed talk
+# by variables.
+MAY_READ_ENVIRONMENT = r"(kernels/dispatch|configs/weights_file|training/(fabric|zero)|cli/.*)\.py"
 
 # `rwkvtune --help` runs these before anything else; torch alone would cost seconds.
 NEEDED_BY_HELP = r"(errors|files|weights_header|training/config|cli/.*|configs/.*)\.py"

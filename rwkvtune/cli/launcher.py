@@ -9,9 +9,11 @@ import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from rwkvtune.errors import UserError
-from rwkvtune.training.config import Config
+from rwkvtune.training.config import Config, DeviceOptions
+from rwkvtune.training.vision_config import VisionConfig
 
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")
 """Of launchers whose processes would not find each other."""
@@ -57,25 +59,43 @@ def launch_of(environment: Mapping[str, str]) -> Launch | None:
     return None
 
 
-def for_launcher(config: Config, environment: MutableMapping[str, str]) -> Config:
+def for_launcher(
+    config: Config, environment: MutableMapping[str, str], *, is_default: bool = False
+) -> Config:
     """The settings with the launcher's numbers of devices and machines.
 
+    is_default: nobody has asked for this number of devices, so a launcher's may take its place.
     UserError when flags say otherwise, or when several machines are asked for and nothing says
     where they are.
     """
-    launch, d = launch_of(environment), config.device
+    numbers = _numbers(config.device, environment, is_default=is_default)
+    return dataclasses.replace(config, device=dataclasses.replace(config.device, **numbers))
+
+
+def vision_for_launcher(
+    config: VisionConfig, environment: MutableMapping[str, str], *, is_default: bool
+) -> VisionConfig:
+    """The same for a vision run."""
+    numbers = _numbers(config.device_options, environment, is_default=is_default)
+    return dataclasses.replace(config, **numbers)
+
+
+def _numbers(
+    d: DeviceOptions, environment: MutableMapping[str, str], *, is_default: bool
+) -> dict[str, Any]:
+    launch = launch_of(environment)
     if launch is None:
-        _check_own_launch(config, environment)
+        _check_own_launch(d, environment)
         # A batch script outside srun: Fabric would take it for one of srun's tasks.
         environment.pop("SLURM_NTASKS", None)
-        return config
-    if d.devices not in ("auto", launch.local) or d.num_nodes not in (1, launch.nodes):
+        return {}
+    is_open = is_default or d.devices in ("auto", launch.local)
+    if not is_open or d.num_nodes not in (1, launch.nodes):
         raise UserError(
             f"{launch.by} has started {launch.local} processes on each of {launch.nodes} machines, "
             f"but the settings are devices={d.devices} and num_nodes={d.num_nodes}: leave them out"
         )
-    device = dataclasses.replace(d, devices=launch.local, num_nodes=launch.nodes)
-    return dataclasses.replace(config, device=device)
+    return {"devices": launch.local, "num_nodes": launch.nodes}
 
 
 @contextmanager
@@ -94,8 +114,8 @@ def told_once() -> Iterator[None]:
         raise
 
 
-def _check_own_launch(config: Config, environment: Mapping[str, str]) -> None:
-    d, world = config.device, environment.get("WORLD_SIZE", "1")
+def _check_own_launch(d: DeviceOptions, environment: Mapping[str, str]) -> None:
+    world = environment.get("WORLD_SIZE", "1")
     asked = None if d.devices == "auto" else d.devices * d.num_nodes
     if world != "1" and ("LOCAL_RANK" not in environment or str(asked) != world):
         raise UserError(

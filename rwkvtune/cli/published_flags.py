@@ -205,7 +205,8 @@ def main(argv: list[str]) -> int:
     args, spelled = as_ours(argv)
     values = parse_settings(parser, args)
     config, notes, rows = translate(values, given, family)
-    return start(config, notes=[*spelled, *notes], rows=rows)
+    is_default = "devices" not in given and config.device.devices == DEFAULTS["devices"]
+    return start(config, notes=[*spelled, *notes], rows=rows, is_default_devices=is_default)
 
 
 def family_of(given: Collection[str]) -> Family:

@@ -101,11 +101,15 @@ def parse_settings(parser: OneLineParser, argv: Sequence[str]) -> dict[str, Any]
 
 
 def start(
-    config: TrainConfig, *, notes: Sequence[str] = (), rows: Sequence[tuple[str, str]] = ()
+    config: TrainConfig,
+    *,
+    notes: Sequence[str] = (),
+    rows: Sequence[tuple[str, str]] = (),
+    is_default_devices: bool = False,
 ) -> int:
     """Train as `config` says, on the devices that a launcher may have chosen; the exit code."""
     with told_once():
-        config = for_launcher(config, os.environ)
+        config = for_launcher(config, os.environ, is_default=is_default_devices)
         from rwkvtune.training.lm import train_language_model  # torch: seconds
 
         return train_language_model(config, notes=notes, rows=rows).exit_code

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from rwkvtune.cli.arguments import OneLineParser
+from rwkvtune.cli.launcher import told_once, vision_for_launcher
 from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.training import vision_config
 from rwkvtune.training.config import unknown_settings
@@ -69,10 +71,23 @@ def main(argv: list[str]) -> int:
 def train(argv: list[str]) -> int:
     parser = OneLineParser("rwkvtune vision train", TRAIN)
     add_settings(parser)
-    config = from_flat(parse_settings(parser, argv))
-    from rwkvtune.training.vision import train_vision
+    values = parse_settings(parser, argv)
+    return start(from_flat(values), is_default_devices="devices" not in values)
 
-    return train_vision(config)
+
+def start(
+    config: VisionConfig,
+    *,
+    is_default_devices: bool,
+    notes: Sequence[str] = (),
+    rows: Sequence[tuple[str, str]] = (),
+) -> int:
+    """Train as `config` says, on the devices that a launcher may have chosen; the exit code."""
+    with told_once():
+        config = vision_for_launcher(config, os.environ, is_default=is_default_devices)
+        from rwkvtune.training.vision import train_vision  # torch: seconds
+
+        return train_vision(config, notes=notes, rows=rows)
 
 
 def add_settings(parser: OneLineParser) -> None:

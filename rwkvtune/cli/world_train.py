@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rwkvtune.cli.arguments import OneLineParser
-from rwkvtune.cli.vision import add_settings, parse_settings
+from rwkvtune.cli.vision import add_settings, parse_settings, start
 from rwkvtune.errors import UserError
 from rwkvtune.training.vision_config import VisionConfig, from_flat
 
@@ -118,9 +118,9 @@ STRATEGIES = {
 
 def main(argv: list[str]) -> int:
     config, notes = translate(argv)
-    from rwkvtune.training.vision import train_vision
-
-    return train_vision(config, notes=notes, rows=[("flags", "those of world_train.py")])
+    is_said = any(arg.partition("=")[0] == "--devices" for arg in argv) or config.devices != 1
+    rows = [("flags", "those of world_train.py")]
+    return start(config, is_default_devices=not is_said, notes=notes, rows=rows)
 
 
 def make_parser() -> OneLineParser:

@@ -229,6 +229,9 @@ class DeviceOptions:
     strategy: Strategy = "auto"
     """How devices share the work; auto = ddp, the others also shard the model or its optimizer;
     *_offload = what is sharded rests in the machine's memory instead of the GPU's."""
+    engine: Literal["auto", "torch", "deepspeed"] = "auto"
+    """What runs strategy=deepspeed_stage_N: torch = its own sharding; deepspeed = DeepSpeed, which
+    needs ninja and a C++ compiler; auto = DeepSpeed where it can run, else torch."""
     context_parallel: int = 1
     """Ranks that share each sequence, every one a stretch of it: memory for long ctx_len falls with
     their number."""
@@ -471,6 +474,11 @@ class TrainConfig:
                 now["lr_schedule"] not in falls_by_steps,
                 f"with lr_schedule={now['lr_schedule']}",
             ),
+            (
+                ("engine",),
+                not now["strategy"].startswith("deepspeed"),
+                f"with strategy={now['strategy']}",
+            ),
             (("stage2_lr",), not now["layerwise_lr"], "with layerwise_lr=false"),
             (
                 ("working_weights",),
@@ -522,7 +530,7 @@ def option_groups(config_class: type[TrainConfig] = TrainConfig) -> dict[str, ty
 MAY_CHANGE_AT_RESUME = frozenset(
     {
         *("epoch_count", "exit_tokens", "micro_bsz", "accumulate_grad_batches"),
-        *("accelerator", "devices", "num_nodes", "strategy", "context_parallel"),
+        *("accelerator", "devices", "num_nodes", "strategy", "engine", "context_parallel"),
         *("epoch_save", "save_every", "keep_last", "log_every", "val_every", "sample_every"),
         # What a preset stands for is compared by itself.
         *("async_save", "log_layers", "model_config", "throughput_log_steps"),

@@ -21,12 +21,14 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision, Precision
 from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+from lightning_fabric.strategies.strategy import _BackwardSyncControl
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from rwkvtune.errors import UserError, report
 from rwkvtune.models.frame import Block
 from rwkvtune.training.config import DeviceOptions
+from rwkvtune.training.zero import ZeroEngine, is_installed, lacking
 
 
 class Autocast(MixedPrecision):
@@ -65,7 +67,7 @@ def make_fabric(options: DeviceOptions, say: Callable[[str], None] = print) -> F
         devices=devices,
         num_nodes=options.num_nodes,
         plugins=[_precision(options.precision, accelerator)],
-        strategy=_strategy(options.strategy, devices * options.num_nodes, accelerator, say),
+        strategy=_strategy(options, devices * options.num_nodes, accelerator, say),
     )
 
 
@@ -115,8 +117,11 @@ def _device_count(options: DeviceOptions, accelerator: str) -> int:
     return options.devices
 
 
-def _strategy(name: str, total_devices: int, accelerator: str, say: Callable[[str], None]) -> Any:
-    """Published names on torch's own engines: DDP, or FSDP2 where something is sharded."""
+def _strategy(
+    device: DeviceOptions, total_devices: int, accelerator: str, say: Callable[[str], None]
+) -> Any:
+    """DDP, torch's FSDP2 where something is sharded, or DeepSpeed where it is there and named."""
+    name = device.strategy
     if total_devices == 1:
         if name not in ("auto", "ddp"):
             say(
@@ -127,17 +132,21 @@ def _strategy(name: str, total_devices: int, accelerator: str, say: Callable[[st
     if name in ("auto", "ddp"):
         # Buffers are packed weights, which no step changes. The newer torch has the newer name.
         accepted = inspect.signature(DistributedDataParallel).parameters
-        name = "forward_sync_buffers" if "forward_sync_buffers" in accepted else "broadcast_buffers"
-        options: dict[str, Any] = {name: False}
+        newer, older = "forward_sync_buffers", "broadcast_buffers"
+        options: dict[str, Any] = {newer if newer in accepted else older: False}
         return DDPStrategy(gradient_as_bucket_view=True, **options)
     stage, offloads = name.removesuffix("_offload"), name.endswith("_offload")
-    if stage in _SHARDED:
-        say(
-            f"strategy {name}: runs without DeepSpeed, on torch's own FSDP2, with the same "
-            f"mathematics; sharded are {_SHARDED[stage]}"
-        )
     if offloads and accelerator == "cpu":
         say(f"strategy {name}: a CPU run has everything in the machine's memory already")
+    if stage in _SHARDED:
+        if runs_on_deepspeed(device, total_devices):
+            say(f"strategy {name}: runs on DeepSpeed, which builds a part of itself first")
+            return ZeroStrategy(stage=int(stage[-1]), offload=offloads)
+        why = f" ({lacking()})" if device.engine == "auto" and is_installed() else ""
+        say(
+            f"strategy {name}: runs without DeepSpeed{why}, on torch's own FSDP2, with the same "
+            f"mathematics; sharded are {_SHARDED[stage]}"
+        )
     shard = partial(_shard_blocks, keep_gathered=stage == "deepspeed_stage_1", offload=offloads)
     # Clipping adds up norms of gradients that lie in the machine's memory: gloo does that.
     backend = "cpu:gloo,cuda:nccl" if offloads and accelerator == "cuda" else None
@@ -147,6 +156,89 @@ def _strategy(name: str, total_devices: int, accelerator: str, say: Callable[[st
         tensor_parallel_size=1,
         process_group_backend=backend,
     )
+
+
+class ZeroStrategy(DDPStrategy):
+    """DeepSpeed's engine in the place of DDP's wrapper, in a process group of our own making: on
+    CPUs too, which Fabric's strategy for it refuses."""
+
+    def __init__(self, *, stage: int, offload: bool) -> None:
+        super().__init__()
+        self._stage, self._offload = stage, offload
+        self._backward_sync_control = _ZeroSteps()
+        self.grad_clip = 0.0
+        self.zero: ZeroEngine | None = None
+
+    def setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: list[Any], scheduler: Any = None
+    ) -> tuple[Any, list[Any], Any]:
+        is_half = isinstance(self.precision, Autocast)
+        self.zero = ZeroEngine(
+            module,
+            optimizers[0],
+            stage=self._stage,
+            offload=self._offload,
+            products=torch.bfloat16 if is_half else torch.float32,
+            grad_clip=self.grad_clip,
+        )
+        return self.zero.engine, [self.zero.optimizer], scheduler
+
+    def backward(self, tensor: torch.Tensor, module: Any, *args: Any, **kwargs: Any) -> None:
+        assert self.zero is not None
+        self.zero.engine.backward(tensor)
+
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> None:
+        assert self.zero is not None
+        self.zero.engine.step()  # clips, moves, and takes the gradients away
+
+
+class _ZeroSteps(_BackwardSyncControl):
+    @contextmanager
+    def no_backward_sync(self, module: Any, enabled: bool) -> Iterator[None]:
+        module.set_gradient_accumulation_boundary(not enabled)
+        yield
+
+
+def runs_on_deepspeed(device: DeviceOptions, world_size: int) -> bool:
+    """Whether strategy and engine come to DeepSpeed here. UserError where they ask for it and it
+    cannot run."""
+    if world_size == 1 or device.engine == "torch":
+        return False
+    if not device.strategy.startswith("deepspeed_stage_"):
+        return False
+    reason = "precision=fp16 has its own loss scaling" if device.precision == "fp16" else lacking()
+    if reason and device.engine == "deepspeed":
+        raise UserError(
+            f"engine=deepspeed does not run here: {reason}; `--engine torch` shards with the same "
+            "mathematics"
+        )
+    return not reason
+
+
+def zero_of(fabric: Fabric) -> ZeroEngine | None:
+    """DeepSpeed's engine of a run that is set up; None for other engines."""
+    strategy = fabric.strategy
+    return strategy.zero if isinstance(strategy, ZeroStrategy) else None
+
+
+def set_up(
+    fabric: Fabric,
+    model: nn.Module,
+    make_optimizer: Callable[[nn.Module], Any],
+    *,
+    grad_clip: float,
+) -> tuple[nn.Module, Any]:
+    """(the model to call, its optimizer), on their devices and sharded as the strategy says.
+
+    make_optimizer: gets the model with the parameters that it will be trained with.
+    """
+    strategy = fabric.strategy
+    if isinstance(strategy, ZeroStrategy):
+        strategy.grad_clip = grad_clip
+        wrapped, optimizer = fabric.setup(model, make_optimizer(model))
+        return wrapped, optimizer
+    wrapped = fabric.setup_module(model)  # sharding makes new parameters
+    return wrapped, fabric.setup_optimizers(make_optimizer(unwrapped(wrapped)))
 
 
 _SHARDED = {
@@ -217,6 +309,7 @@ def launched(fabric: Fabric, *, threads: int, same_for_all: str) -> Iterator[Non
     why, and the run's exit code is not zero. Leaving the block does not end a process: see finish.
     """
     try:
+        _meet_apart_from_earlier_attempts(fabric)
         fabric.launch()
         if threads:  # after the launch, which sets its own number
             torch.set_num_threads(threads)
@@ -240,6 +333,27 @@ def launched(fabric: Fabric, *, threads: int, same_for_all: str) -> Iterator[Non
         if _is_distributed():
             os._exit(code or 1)
         raise
+
+
+def _meet_apart_from_earlier_attempts(fabric: Fabric) -> None:
+    """Make the process group of a restart by torchrun, whose store still has the addresses of the
+    ranks that are gone: a rank that reads such a one gives up after some seconds.
+
+    Only where one agent runs all ranks: several count their restarts apart.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if attempt == "0" or not is_shared or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=False)
+    backend = getattr(fabric.strategy, "process_group_backend", None)
+    torch.distributed.init_process_group(
+        backend or ("nccl" if fabric.device.type == "cuda" else "gloo"),
+        store=torch.distributed.PrefixStore(f"rwkvtune/attempt-{attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
 
 
 GRACE_S = 3.0

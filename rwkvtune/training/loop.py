@@ -98,9 +98,10 @@ def fit(
     model, optimizer, progress = state.model, state.optimizer, state.progress
     folder = Path(output.proj_dir)
     first_epoch = progress.restart_step // plan.epoch_steps
-    trained = [p for p in model.parameters() if p.requires_grad]
+    # Not those of the model: sharded ones outside its blocks stay gathered after a validation.
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     group = sequence_group(fabric, plan.context_parallel)
-    in_backward = optimizer_options.fused_backward
+    in_backward, zero = optimizer_options.fused_backward, state.zero
     model.train()
     meter = Throughput(
         every=output.throughput_log_steps, device_type=fabric.device.type, write=log.line
@@ -140,13 +141,15 @@ def fit(
             if _scales_its_loss(fabric):
                 fabric.strategy.precision.unscale_gradients(optimizer.optimizer)
             layers = []
-            if output.log_layers and not in_backward and log.is_on_cadence(progress.step + 1):
+            has_gradients = not in_backward and zero is None
+            if output.log_layers and has_gradients and log.is_on_cadence(progress.step + 1):
                 layers = layer_statistics(fabric, model)  # before clipping changes the gradients
-            norm = (
-                optimizer.gradient_norm()
-                if in_backward
-                else clip_gradients(trained, optimizer_options.grad_clip)
-            )
+            if in_backward:
+                norm = optimizer.gradient_norm()
+            elif zero is not None:
+                norm = 0.0  # known after the step, which clips
+            else:
+                norm = clip_gradients(trained, optimizer_options.grad_clip)
             loss, stop_votes = _over_ranks(fabric, loss_here, stop.requested is not None)
             loss /= max(targets, 1)
             _check_finite(
@@ -155,6 +158,9 @@ def fit(
             if not in_backward:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            if zero is not None:  # which leaves the weights alone where the norm is not finite
+                norm = zero.gradient_norm()
+                _check_finite(progress.step + 1, loss, norm, folder)
             write_copies(trained)
 
             took = time.perf_counter() - begin

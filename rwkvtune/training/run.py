@@ -31,7 +31,9 @@ from rwkvtune.training.fabric import (
     launched,
     make_fabric,
     planned_world_size,
-    unwrapped,
+    runs_on_deepspeed,
+    set_up,
+    zero_of,
 )
 from rwkvtune.training.frozen import trained_names
 from rwkvtune.training.log import RunLog
@@ -236,6 +238,10 @@ def _prepare(
             "are as exact as fp32 anyway"
         )
     _check_devices(config, world_size)
+    if config.output.log_layers and runs_on_deepspeed(config.device, world_size):
+        notes.append(
+            "log_layers does nothing on DeepSpeed, which keeps gradients in buffers of its own"
+        )
     _check_compiler(config, device)
     adapter = config.adapter.settings()
     adapter_sizes = None
@@ -270,6 +276,15 @@ def _check_devices(config: TrainConfig, world_size: int) -> None:
             f"peft=state and context_parallel={shared}: only the first part of a window begins "
             "with the trained state; leave context_parallel out"
         )
+    if runs_on_deepspeed(config.device, world_size):
+        for name, is_asked in (
+            (f"optimizer={config.optimizer.optimizer}", config.optimizer.optimizer != "adamw"),
+            ("compile=true", config.device.compile),
+        ):
+            if is_asked:
+                raise UserError(
+                    f"{name} does not run on DeepSpeed: use --engine torch, or leave it out"
+                )
     for name, is_asked in (
         (f"peft={config.adapter.peft}", config.adapter.peft != "none"),
         (f"chunk_len={config.schedule.chunk_len}", config.schedule.chunk_len > 0),
@@ -420,31 +435,35 @@ def _build_state(config: TrainConfig, job: _Job, fabric: Any, recipe: Recipe) ->
                 parameter.requires_grad_(False)
     if config.device.compile:
         model.compile_blocks()
-    wrapped = fabric.setup_module(model)  # before the optimizer: sharding makes new parameters
-    if _keeps_working_weights(config, job.plan.world_size):
-        keep_copies(unwrapped(wrapped).parameters())
-    optimizer = build_optimizer(
-        unwrapped(wrapped).named_parameters(),
-        lr_init=config.schedule.lr_init,
-        betas=(o.beta1, o.beta2),
-        eps=o.adam_eps,
-        weight_decay=o.weight_decay,
-        layerwise_lr=o.layerwise_lr,
-        stage2=o.stage2_lr,
-        # torch's fused kernel would unscale fp16 gradients by itself, after they were clipped.
-        fused=False if config.device.precision == "fp16" else "auto",
-        kind=o.optimizer,
-        in_backward=o.fused_backward,
-    )
+
+    def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        if _keeps_working_weights(config, job.plan.world_size):
+            keep_copies(model.parameters())
+        return build_optimizer(
+            model.named_parameters(),
+            lr_init=config.schedule.lr_init,
+            betas=(o.beta1, o.beta2),
+            eps=o.adam_eps,
+            weight_decay=o.weight_decay,
+            layerwise_lr=o.layerwise_lr,
+            stage2=o.stage2_lr,
+            # torch's fused kernel would unscale fp16 gradients by itself, after they were clipped.
+            fused=False if config.device.precision == "fp16" else "auto",
+            kind=o.optimizer,
+            in_backward=o.fused_backward,
+        )
+
+    wrapped, optimizer = set_up(fabric, model, make_optimizer, grad_clip=o.grad_clip)
     state = RunState(
         wrapped,
-        fabric.setup_optimizers(optimizer),
+        optimizer,
         recipe,
         start.progress,
         job.settings,
         fabric.strategy.precision,
         adapter,
         Writer(in_background=config.output.async_save),
+        zero_of(fabric),
     )
     if saved is not None:
         state.restore(saved)

@@ -22,6 +22,7 @@ from rwkvtune.checkpoint import (
 from rwkvtune.training.fabric import unwrapped
 from rwkvtune.training.optim import load_optimizer_state, optimizer_state_to_tensors
 from rwkvtune.training.saving import Writer
+from rwkvtune.training.zero import ZeroEngine
 
 
 @dataclass
@@ -95,11 +96,13 @@ class RunState:
     adapter: Adapter | None = None
     """What is trained beside a frozen base."""
     writer: Writer = field(default_factory=Writer)
+    zero: ZeroEngine | None = None
+    """Where DeepSpeed runs model and optimizer."""
 
     def weights(self) -> dict[str, Tensor]:
         """Every parameter by its upstream name, fp32, sharded where the model is; only those of the
         adapter where there is one."""
-        weights = unwrapped(self.model).state_dict()
+        weights = unwrapped(self.model).state_dict() if self.zero is None else self.zero.weights()
         names = weights if self.adapter is None else self.adapter.tensors
         return {name: weights[name].detach() for name in names}
 
@@ -126,11 +129,12 @@ class RunState:
     def save(self, run_folder: Path, *, write: bool) -> Path:
         """Write a resume state for the present step; ranks with write=False only help gathering."""
         tensors = {f"model.{name}": t for name, t in self.weights().items()}
-        model = unwrapped(self.model)
-        tensors |= {
-            f"optimizer.{name}": t
-            for name, t in optimizer_state_to_tensors(self.optimizer, model).items()
-        }
+        of_optimizer = (
+            optimizer_state_to_tensors(self.optimizer, unwrapped(self.model))
+            if self.zero is None
+            else self.zero.optimizer_state()
+        )
+        tensors |= {f"optimizer.{name}": t for name, t in of_optimizer.items()}
         tensors["rng.cpu"] = torch.get_rng_state()
         meta = {
             "progress": dataclasses.asdict(self.progress),
@@ -147,7 +151,10 @@ class RunState:
     def restore(self, saved: SavedState) -> None:
         """Take up all but the weights, which the model has had since before it was sharded, and the
         progress."""
-        load_optimizer_state(self.optimizer, unwrapped(self.model), saved.optimizer)
+        if self.zero is None:
+            load_optimizer_state(self.optimizer, unwrapped(self.model), saved.optimizer)
+        else:
+            self.zero.restore(saved.optimizer)
         torch.set_rng_state(saved.rng)
         self.recipe.load_state_dict(saved.recipe)
         if saved.loss_scale:

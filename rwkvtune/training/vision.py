@@ -62,7 +62,7 @@ from rwkvtune.training.run import draw_if_outdated, write_settings
 from rwkvtune.training.run_state import Progress, RunState, read_state
 from rwkvtune.training.schedule import Schedule
 from rwkvtune.training.vision_config import VisionConfig
-from rwkvtune.training.vision_data import fill_caches
+from rwkvtune.training.vision_data import data_files, fill_caches
 from rwkvtune.training.vision_job import VisionJob, prepare
 from rwkvtune.training.vision_plan import largest_fitting, memory_estimate
 
@@ -70,6 +70,8 @@ LR_KINDS = {"wsd": "wsd_cosine", "wsd_stable": "wsd"}
 """Names of schedules here -> in Schedule, where they differ."""
 DATA_SEED = 7919
 """Beside the seed of the initial adapter, so that both may be drawn from one number."""
+LONG_LOOK_BYTES = 50_000_000
+"""Records of so many bytes take a minute or more to look at, which is announced."""
 
 
 class VisionRecipe:
@@ -266,6 +268,9 @@ def train_vision(
     fabric = _fabric(config, said)
     if fabric.device.type == "cpu":
         keep_freed_memory()
+    num_bytes = sum(map(os.path.getsize, data_files(Path(config.data_file))))
+    if fabric.is_global_zero and num_bytes > LONG_LOOK_BYTES:
+        print(f"looking at all records of {config.data_file} first, some minutes", flush=True)
     job = prepare(config, planned_world_size(fabric), said)
     if job.progress.step >= job.plan.total_steps:
         if fabric.is_global_zero:

@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 
-from rwkvtune.cli.launcher import for_launcher
+from rwkvtune.cli.launcher import for_launcher, vision_for_launcher
 from rwkvtune.errors import UserError
 from rwkvtune.training.config import DeviceOptions, TrainConfig
+from rwkvtune.training.vision_config import VisionConfig
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8", "LOCAL_RANK": "0",
@@ -47,6 +48,20 @@ def test_flags_that_say_other_numbers_are_refused(
 ) -> None:
     with pytest.raises(UserError, match="has started 4 processes on each of 2 machines, but"):
         devices(environment, **options)
+
+
+def test_the_devices_of_a_launcher_take_the_place_of_a_published_default() -> None:
+    """Published programs train on one device unless they are told otherwise."""
+    config = TrainConfig(device=DeviceOptions(devices=1))
+    device = for_launcher(config, dict(TORCHRUN), is_default=True).device
+    assert (device.devices, device.num_nodes) == (4, 2)
+    vision = vision_for_launcher(VisionConfig(), dict(TORCHRUN), is_default=True)
+    assert (vision.devices, vision.num_nodes) == (4, 2)
+    assert vision_for_launcher(VisionConfig(), {}, is_default=True).devices == 1
+    with pytest.raises(UserError, match="has started 4 processes on each of 2 machines, but"):
+        vision_for_launcher(VisionConfig(), dict(TORCHRUN), is_default=False)
+    with pytest.raises(UserError, match="no launcher is known"):
+        vision_for_launcher(VisionConfig(), {"WORLD_SIZE": "2"}, is_default=True)
 
 
 def test_a_batch_script_of_one_task_and_a_shell_start_their_own_processes() -> None:

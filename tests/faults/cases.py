@@ -391,7 +391,7 @@ FULL: dict[str, Case] = {
     "dead_worker": lambda b: dead_worker(b, 3),
     "nan": lambda b: not_a_number(b, 2),
     "second_run": lambda b: second_run(b, 3),
-    "restarted": lambda b: restarted_by_torchrun(b, 2),
+    "restarted": lambda b: restarted_by_torchrun(b, 4),
 }
 SHORT: dict[str, Case] = {
     "killed": lambda b: killed_ranks(b, 3),

@@ -7,7 +7,6 @@ raise UserError; everything else is a mistake of ours.
 from __future__ import annotations
 
 import io
-import json
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import rwkvtune.configs
 from rwkvtune.checkpoint import (
     load_resume_state,
     load_weights,
@@ -33,7 +33,7 @@ from rwkvtune.data.llava_manifest import check_records, read_manifest
 from rwkvtune.data.text import find_files, read_batches
 from rwkvtune.data.tokenizers import load_tokenizer
 from rwkvtune.errors import UserError
-from rwkvtune.models import config_from_state_dict
+from rwkvtune.models import RWKV7Config, build_model, config_from_state_dict
 from rwkvtune.training.config import TrainConfig
 from rwkvtune.weights_header import read_header
 
@@ -68,13 +68,14 @@ def all_targets(scratch: Path) -> dict[str, Target]:
     for name in ("w.pth", "w.safetensors"):
         save_weights(scratch / name, WEIGHTS)
     torch.save(WEIGHTS, scratch / "legacy.pth", _use_new_zipfile_serialization=False)
+    model = build_model(RWKV7Config(4, n_layer=1, n_embd=32, head_size=32, dim_ffn=32))
+    save_weights(scratch / "model.pth", model.state_dict(), dtype="bf16")
     state = scratch / "resume" / "step-00000003"
     meta = {"progress": {"step": 3}, "settings": {}, "recipe": {}, "loss_scale": {}}
     save_resume_state(state, {"model.w": torch.ones(4), "rng.cpu": torch.zeros(8)}, meta)
     parts = {name: (state / name).read_bytes() for name in ("state.safetensors", "state.json")}
     in_state = {f"resume/step-00000003/{name}": content for name, content in parts.items()}
-    names = ("w.pth", "legacy.pth", "w.safetensors")
-    preset = json.dumps(_PRESET).encode()
+    names = ("w.pth", "legacy.pth", "w.safetensors", "model.pth")
     return {
         "token index": Target(
             "t.idx", (token_files["idx"],), _tokens, (("t.bin", token_files["bin"]),)
@@ -90,11 +91,13 @@ def all_targets(scratch: Path) -> dict[str, Target]:
         "conversations": Target("c.jsonl", _CONVERSATIONS, _conversations),
         "documents": Target("d.jsonl", _DOCUMENTS, _documents),
         "chat template": Target("t.jinja", _TEMPLATES, _template),
-        "preset": Target("p.json", (preset,), _preset),
+        "preset": Target("p.json", (_PRESET,), _preset),
         "settings": Target("s.yaml", _SETTINGS, _settings, share=0.03),
-        "llava manifest": Target("m.json", _MANIFESTS, _manifest("m.json")),
+        "llava manifest": Target(
+            "m.json", _MANIFESTS, _manifest("m.json"), (("a.png", b"only its name is looked at"),)
+        ),
         "llava mixture": Target(
-            "m.yaml", _MIXTURES, _manifest("m.yaml"), (("m.json", _MANIFESTS[0]),)
+            "m.yaml", _MIXTURES, _manifest("m.yaml"), (("m.json", _MANIFESTS[0]), ("a.png", b""))
         ),
         "pictures in a zip": Target(ARCHIVE, _archives(), _pictures),
     }
@@ -135,7 +138,7 @@ def _tokenizer(name: str) -> Callable[[Path], object]:
 
 def _conversations(folder: Path) -> None:
     read_samples(
-        str(folder / "c.jsonl"), load_tokenizer("bytes"), load_template("rwkv"),
+        str(folder / "c.jsonl"), load_tokenizer("bytes"), load_template("g1"),
         ctx_len=256, on_bad_sample="skip",
     )  # fmt: skip
 
@@ -192,10 +195,7 @@ def _archives() -> tuple[bytes, ...]:
     return tuple(found)
 
 
-_PRESET = {
-    "model_name": "tiny", "n_layer": 2, "n_embd": 64, "vocab_size": 300, "head_size": 32,
-    "dim_ffn": 256, "decay_rank": 8, "a_rank": 8, "v_rank": 8, "g_rank": 8,
-}  # fmt: skip
+_PRESET = (Path(rwkvtune.configs.__file__).parent / "models" / "rwkv7-0.1b.json").read_bytes()
 _VOCABULARIES = (
     b"1 '\\x00' 1\n2 b'\\xff' 1\n3 'ab' 2\n4 '\"' 1\n",
     b"1 'a' 1\n2 \"'\" 1\n300 '\\u4e2d' 3\n",

@@ -14,7 +14,7 @@ from rwkvtune.errors import UserError
 from rwkvtune.weights_header import read_header
 from tests.fuzz.__main__ import fuzz
 from tests.fuzz.guard import guarded
-from tests.fuzz.targets import Target, all_targets
+from tests.fuzz.targets import Target, all_targets, read_changed
 
 NAMES = (
     "token index", "tokens", "weights", "resume/step-00000003/state.safetensors",
@@ -33,7 +33,9 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
 def test_a_changed_file_is_read_or_refused_by_our_own_error(
     name: str, targets: dict[str, Target], tmp_path: Path
 ) -> None:
-    taken, refused = fuzz(targets[name], tmp_path, 60, first_seed=7)
+    target = targets[name]
+    assert any(read_changed(target, whole, tmp_path) for whole in target.seeds)
+    taken, refused = fuzz(target, tmp_path, 60, first_seed=7)
     assert taken + refused >= 60 and refused > 0
     assert set(NAMES) == set(targets)
 

@@ -116,20 +116,26 @@ def start_ranks(
         port = free.getsockname()[1]
     running = []
     for rank in range(world_size):
-        environment = {
-            "TORCHELASTIC_RUN_ID": "test",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "GROUP_RANK": "0",
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-        }
+        environment = rank_environment(rank, world_size, port)
         own = [*args, *last_rank] if rank == world_size - 1 else args
         blow = (blows or {}).get(rank)
         running.append(start(own, outputs / f"rank-{rank}", blow, environment, rows))
     return running
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """The variables by which torchrun tells a process of one machine what it is."""
+    return {
+        "TORCHELASTIC_RUN_ID": "test",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+    }
 
 
 def _live(

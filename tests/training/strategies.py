@@ -12,12 +12,14 @@ import tempfile
 from pathlib import Path
 
 import rwkvtune
+from rwkvtune.training.zero import lacking
 from tests.token_files import write_token_files
 from tests.training.runs import flags, losses, metrics, run, start_ranks, trained_rows
 
 SETTINGS = {
     "n_layer": 2, "n_embd": 64, "ctx_len": 32, "threads": 1, "accelerator": "cpu", "micro_bsz": 1,
     "epoch_steps": 30, "epoch_count": 1, "log_every": 1, "order": "shuffled", "grad_clip": 1.0,
+    "engine": "torch",
 }  # fmt: skip
 WINDOWS = 8
 """Of a step, over all processes."""
@@ -33,6 +35,11 @@ STRATEGIES: tuple[dict[str, object], ...] = (
     {"strategy": "deepspeed_stage_3_offload"},
     {"strategy": "ddp", "context_parallel": 2},
     {"strategy": "fsdp", "context_parallel": 2},
+)
+ON_DEEPSPEED: tuple[dict[str, object], ...] = tuple(
+    {"strategy": f"deepspeed_stage_{stage}", "engine": "deepspeed"}
+    for stage in (1, 2, 3)
+    if not lacking()
 )
 CHANGES: tuple[tuple[tuple[int, str], tuple[int, str]], ...] = (
     ((1, "auto"), (2, "ddp")),
@@ -81,7 +88,7 @@ class Comparison:
     def compare(self, precision: str) -> bool:
         limit, ok = LIMITS[precision], True
         self.alone[precision] = self.train(f"alone-{precision}", 1, precision=precision)
-        for changes in STRATEGIES:
+        for changes in STRATEGIES + ON_DEEPSPEED:
             for processes in (2, 4):
                 words = " ".join(f"{value}" for value in changes.values())
                 name = f"{precision} {words} x{processes}"

@@ -6,16 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.distributed import TCPStore
 
 from tests.training.runs import (
+    Running,
     flags,
     losses,
     metrics,
+    rank_environment,
     run,
+    start,
     start_ranks,
     trained_rows,
 )
@@ -25,6 +30,7 @@ SETTINGS = {
     "n_layer": 2, "n_embd": 64, "ctx_len": 32, "threads": 1, "precision": "fp32",
     "accelerator": "cpu", "micro_bsz": 1, "accumulate_grad_batches": 2, "epoch_steps": 10,
     "epoch_count": 2, "log_every": 1, "val_every": 10, "reset_at_documents": "true",
+    "engine": "torch",
 }  # fmt: skip
 ALONE = {"accumulate_grad_batches": 4}
 TOLERANCE = 1e-5
@@ -135,6 +141,32 @@ def test_a_rank_that_is_killed_takes_the_others_with_it(text: Path, tmp_path: Pa
         ranks[0].wait_until((folder / "resume" / "step-00000010").exists)
         ranks[victim].send(signal.SIGKILL)
         assert ranks[1 - victim].wait(timeout=20).code not in (0, None)
+
+
+def test_a_restart_by_torchrun_does_not_look_for_the_ranks_that_are_gone(
+    text: Path, tmp_path: Path
+) -> None:
+    """torchrun's store outlives its ranks and has their addresses; a rank that comes first would
+    read them."""
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for attempt in (0, 1):
+        told = {
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        }  # fmt: skip
+        ranks: list[Running] = []
+        for rank in (1, 0):
+            keys = agent.num_keys()
+            environment = rank_environment(rank, 2, agent.port) | told
+            command = args(text, tmp_path / "run", epoch_count=attempt + 1)
+            ranks.append(start(command, tmp_path / f"rank-{rank}", environment=environment))
+            ranks[0].wait_until(partial(_has_more_keys, agent, keys))
+        ended = [rank.wait() for rank in ranks]
+        assert [e.code for e in ended] == [0, 0], ended
+    assert len(metrics(tmp_path / "run")) == 20
+
+
+def _has_more_keys(store: TCPStore, before: int) -> bool:
+    return store.num_keys() > before
 
 
 FAILS_ON_ONE_RANK = """

@@ -49,7 +49,7 @@ def test_killed_at_random_moments_of_writing_a_run_ends_as_if_never_stopped(
     ended = run([*args, "--proj_dir", str(whole)], tmp_path / "out")
     assert ended.code == 0, ended.output
     dice = random.Random(case)
-    for _ in range(8):
+    for _ in range(5):
         blow = Blow(dice.randint(1, 90), str(killed))
         ended = run([*args, "--proj_dir", str(killed)], tmp_path / "out", blow)
         assert ended.code in (-9, 0), ended.output

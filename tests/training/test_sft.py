@@ -121,10 +121,11 @@ def test_losses_are_weighed_by_tokens_over_accumulation_and_ranks(
     parts = {"micro_bsz": 1, "accumulate_grad_batches": 4}
     assert run(sft(chats, tmp_path / "parts", **parts), tmp_path / "out").code == 0
     parts["accumulate_grad_batches"] = 2
-    ranks = start_ranks(sft(chats, tmp_path / "ranks", **parts), tmp_path, 2)
-    ended = [rank.wait() for rank in ranks]
-    assert [e.code for e in ended] == [0, 0], ended
-    for name in ("parts", "ranks"):
+    for strategy in ("ddp", "fsdp"):
+        args = sft(chats, tmp_path / strategy, strategy=strategy, **parts)
+        ended = [rank.wait() for rank in start_ranks(args, tmp_path, 2)]
+        assert [e.code for e in ended] == [0, 0], ended
+    for name in ("parts", "ddp", "fsdp"):
         assert losses(tmp_path / name) == pytest.approx(losses(alone), abs=TOLERANCE)
         last, expected = metrics(tmp_path / name)[-1], metrics(alone)[-1]
         for column in ("val_loss", "val_bits_per_byte", "grad_norm"):
