@@ -306,7 +306,7 @@ class Running:
     into a file: a pipe that nobody reads makes the command wait."""
 
     def __init__(self, command: list[str]) -> None:
-        self.output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 -- end closes it
+        self.output = tempfile.TemporaryFile("a+", errors="replace")  # noqa: SIM115 -- end closes it
         self.process = subprocess.Popen(
             command, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
         )

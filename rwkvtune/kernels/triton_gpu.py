@@ -56,11 +56,13 @@ def dot(x, y, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def chunk_and_head(chunks):
+def chunk_and_head(H, chunks):
     """What a program of a kernel that takes all chunks at once works on. One number counts both:
-    CUDA's grids end at 65535 in all directions but the first."""
+    CUDA's grids end at 65535 in all directions but the first. Heads of a chunk lie side by side in
+    memory, so that their programs follow each other."""
     program = tl.program_id(0)
-    return program % chunks, program // chunks
+    row = program // H
+    return row % chunks, row // chunks * H + program % H
 
 
 @triton.jit

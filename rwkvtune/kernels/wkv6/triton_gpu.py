@@ -79,7 +79,7 @@ def _row(tile, token, i):
 def _scores(r, k, w, u, scores, reset, T, H, chunks,
             N: tl.constexpr, n: tl.constexpr, HAS_RESET: tl.constexpr,
             SHARED: tl.constexpr):  # fmt: skip
-    chunk, bh = chunk_and_head(chunks)
+    chunk, bh = chunk_and_head(H, chunks)
     columns = tl.arange(0, N)[None, :]
     token = tl.arange(0, n)
     origin, rows, exists = place(bh, chunk, T, H, N, n)
@@ -188,7 +188,7 @@ def _backward(r, k, v, w, u, scores, reset, dy, states, d_states,
               N: tl.constexpr, n: tl.constexpr, HAS_RESET: tl.constexpr,
               SHARED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """du, and dw where w is shared, get a row per chunk, to be summed."""
-    chunk, bh = chunk_and_head(chunks)
+    chunk, bh = chunk_and_head(H, chunks)
     at_chunk = bh.to(tl.int64) * chunks + chunk
     columns = tl.arange(0, N)[None, :]
     square = columns * N + tl.arange(0, N)[:, None]

@@ -75,7 +75,7 @@ def _decays(w, origin, tile, exists):
 def _invert(w, a, b, inverse, reset, T, H, chunks,
             N: tl.constexpr, n: tl.constexpr,
             HAS_RESET: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    chunk, bh = chunk_and_head(chunks)
+    chunk, bh = chunk_and_head(H, chunks)
     origin, rows, exists = place(bh, chunk, T, H, N, n)
     columns = tl.arange(0, N)[None, :]
     _, log, total = _decays(w, origin, rows + columns, exists)
@@ -218,7 +218,7 @@ def _backward(r, w, k, v, a, b, inverse, reset, dy, states, d_states,
               N: tl.constexpr, n: tl.constexpr, VALUES: tl.constexpr,
               HAS_RESET: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Block after block of values, so that no whole state lies in registers."""
-    chunk, bh = chunk_and_head(chunks)
+    chunk, bh = chunk_and_head(H, chunks)
     at_chunk = bh.to(tl.int64) * chunks + chunk
     columns = tl.arange(0, N)[None, :]
     token = tl.arange(0, n)
