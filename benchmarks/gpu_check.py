@@ -13,9 +13,11 @@ import gc
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -25,6 +27,8 @@ from typing import Any
 LIMIT_S = 465
 """No part begins that would not end by then, as far as can be foreseen."""
 TEST_LIMIT_S = 150
+TESTS_SIDE_BY_SIDE = ("wkv", "model", "not wkv and not model")
+"""Expressions for pytest's -k that choose each test once."""
 PEER_LIMIT_S = 60
 MOST_TOKENS = 131072
 """Of a micro-batch: beyond it speed no longer changes."""
@@ -76,13 +80,16 @@ class Check:
     def run(self, out: Path) -> int:
         from benchmarks import machine
 
+        self.out = out
         self.result = machine.describe(self.device)
+        # What is told of every run, whatever becomes of its parts.
+        self.result |= {"wkv7_fwd_bwd_ms": None, "step": [], "peers": {}}
+        self.result |= {"left_out": self.left_out, "failed": self.failed}
         builds = self.build_peers()
         try:
             self.part("gpu_tests", self.run_tests, needs_s=0)
             self.part("copy_gb_per_s", self.measure_copies, needs_s=5)
             self.part("wkv7_fwd_bwd_ms", self.measure_wkv7, needs_s=15)
-            self.result["step"] = []
             self.part("minipile_memory", self.measure_minipile, needs_s=15)
             self.part("step", self.measure_steps, needs_s=20)
             self.part("peers", lambda: self.measure_peers(builds), needs_s=20)
@@ -91,9 +98,7 @@ class Check:
             self.part("wkv", self.measure_kernels, needs_s=30)
         finally:
             for build in builds.values():
-                if build.poll() is None:
-                    build.terminate()
-        self.result |= {"left_out": self.left_out, "failed": self.failed}
+                build.end()
         machine.write(out, self.name(), self.result)
         print(f"gpu-check took {time.monotonic() - self.begin:.0f} s")
         return 1 if self.failed or self.result.get("gpu_tests") != "passed" else 0
@@ -105,17 +110,20 @@ class Check:
         return re.sub(r"[^a-z0-9]+", "-", device).strip("-")
 
     def part(self, name: str, measure: Callable[[], Any], needs_s: float) -> None:
-        """Put what `measure` gives under `name`, unless time is short; an error is noted and the
-        next part goes on."""
+        """Put what `measure` gives under `name`, unless time is short, and write all that is known;
+        an error is noted and the next part goes on."""
+        from benchmarks import machine
+
         if not self.has_time(needs_s, name):
             return
         try:
             self.result[name] = measure()
             print(f"{name}: {json.dumps(self.result[name])}", flush=True)
+            free_memory(self.device)  # fails, as all that follows, where the device is lost
         except Exception as error:
             self.failed.append(f"{name}: {type(error).__name__}: {error}"[:600])
             print(f"failed: {self.failed[-1]}", flush=True)
-        free_memory(self.device)
+        machine.write(self.out, self.name(), self.result)
 
     def has_time(self, needs_s: float, name: str) -> bool:
         if time.monotonic() - self.begin + needs_s < LIMIT_S:
@@ -125,13 +133,19 @@ class Check:
         return False
 
     def run_tests(self) -> str:
-        # Only the file of GPU tests: a GPU machine may lack what the other files import.
-        command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py"]
-        try:
-            done = subprocess.run(command, timeout=TEST_LIMIT_S)
-        except subprocess.TimeoutExpired:
+        # Only the file of GPU tests: a GPU machine may lack what the other files import. Side by
+        # side, as most of their time goes into compiling kernels, on one core each.
+        command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "-k"]
+        running = [Running([*command, some]) for some in TESTS_SIDE_BY_SIDE]
+        end = time.monotonic() + TEST_LIMIT_S
+        codes = []
+        for some, tests in zip(TESTS_SIDE_BY_SIDE, running, strict=True):
+            codes.append(tests.wait(end - time.monotonic()))
+            print(f"tests {some}:\n{tests.told()}", flush=True)
+            tests.end()
+        if None in codes:
             return f"not done in {TEST_LIMIT_S} s"
-        return "failed" if done.returncode else "passed"
+        return "failed" if any(codes) else "passed"
 
     def measure_copies(self) -> float:
         from benchmarks import machine
@@ -152,7 +166,7 @@ class Check:
         counts = ptx.counts(64)
         self.result["wkv7"] = {"shape_BTHN": shape, "forward_ms": round(forward, 3), **counts}
         if not self.tiny:
-            speed = self.result["copy_gb_per_s"]
+            speed = self.result.get("copy_gb_per_s", float("nan"))
             self.result["wkv7"] |= {
                 "moved_over_copy_speed": round(counts["moved_gb"] / both * 1e3 / speed, 3),
                 "least_over_copy_speed": round(counts["least_gb"] / both * 1e3 / speed, 3),
@@ -212,8 +226,6 @@ class Check:
 
     def measure_steps(self) -> list[dict[str, Any]]:
         """Rows of benchmarks.train_step with the largest micro-batch that fits."""
-        from benchmarks.train_step import largest
-
         rows: list[dict[str, Any]] = self.result["step"]
         for n_layer, n_embd in ((12, 768), (24, 2048)):
             if not self.has_time(25, f"steps of L{n_layer} D{n_embd}"):
@@ -225,21 +237,13 @@ class Check:
                     continue
                 length = 32 if self.tiny else ctx_len
                 most = 1 if self.tiny else MOST_TOKENS // ctx_len
-                micro_bsz = largest(
-                    lambda n, t=training, c=length, g=grad_cp: t.fits(n, c, g),  # type: ignore[misc]
-                    most,
+                row = training.measured_at_most(
+                    most, ctx_len=length, grad_cp=grad_cp, repeats=self.repeats
                 )
-                if micro_bsz == 0:
+                if row is None:
                     self.left_out.append(f"{size}: not even one row fits")
-                    continue
-                rows.append(
-                    training.measured(
-                        micro_bsz=micro_bsz,
-                        ctx_len=length,
-                        grad_cp=grad_cp,
-                        repeats=self.repeats,
-                    )
-                )
+                else:
+                    rows.append(row)
             del training
             free_memory(self.device)
         return rows
@@ -260,42 +264,69 @@ class Check:
             command += ["--peers", str(self.peers)]
         return command + ["--tiny"] * self.tiny
 
-    def build_peers(self) -> dict[str, subprocess.Popen[str]]:
+    def build_peers(self) -> dict[str, Running]:
         """Begin to compile the peers, beside the tests: nvcc takes minutes for all of theirs."""
         from benchmarks.peers import present
 
+        if self.peers is not None:
+            # torch leaves one where a build was ended, and waits for ever for it to go.
+            for lock in (self.peers / "build").glob("*/lock"):
+                lock.unlink()
         return {
-            name: subprocess.Popen(
-                [*self.peer_command(name), "--build"],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-            for name in present(self.peers)
-        }  # fmt: skip
+            name: Running([*self.peer_command(name), "--build"]) for name in present(self.peers)
+        }
 
-    def measure_peers(self, builds: dict[str, subprocess.Popen[str]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def measure_peers(self, builds: dict[str, Running]) -> dict[str, Any]:
+        found: dict[str, Any] = self.result["peers"]
         for name, build in builds.items():
             if not self.has_time(15, f"peer {name}"):
                 continue
             left = LIMIT_S - (time.monotonic() - self.begin)
-            try:
-                told, _ = build.communicate(timeout=max(1.0, min(left - 15, 150)))
-            except subprocess.TimeoutExpired:
+            code = build.wait(min(left - 15, 150))
+            told = build.told()
+            if code is None:
                 found[name] = {"commit": None, "ratios": {}, "error": "still being compiled"}
                 continue
-            if build.returncode == 0:
-                command = self.peer_command(name)
+            if code == 0:
+                peer = Running(self.peer_command(name))
                 limit = 2 * PEER_LIMIT_S if name == "rwkv-lm-step" else PEER_LIMIT_S
-                try:
-                    told = subprocess.run(
-                        command, timeout=limit, stdout=subprocess.PIPE, text=True
-                    ).stdout
-                except subprocess.TimeoutExpired:
+                code = peer.wait(limit)
+                told = peer.told()
+                peer.end()
+                if code is None:
                     found[name] = {"commit": None, "ratios": {}, "error": f"took over {limit} s"}
                     continue
             found[name] = last_json(told)
             print(f"peer {name}: {json.dumps(found[name])}", flush=True)
         return found
+
+
+class Running:
+    """A command in a process group of its own, so that what it starts ends with it. Its output goes
+    into a file: a pipe that nobody reads makes the command wait."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.output = tempfile.TemporaryFile("a+", errors="replace")  # noqa: SIM115 -- end closes it
+        self.process = subprocess.Popen(
+            command, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def wait(self, limit_s: float) -> int | None:
+        """Its exit code; None where it takes longer."""
+        try:
+            return self.process.wait(max(1.0, limit_s))
+        except subprocess.TimeoutExpired:
+            return None
+
+    def told(self) -> str:
+        self.output.seek(0)
+        return self.output.read()
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.output.close()
 
 
 def last_json(told: str) -> dict[str, Any]:

@@ -55,12 +55,12 @@ def main() -> int:
 
     targets = [GPUTarget("cuda", sm, 32) for sm in options.sm]
     targets += [GPUTarget("hip", architecture, 64) for architecture in options.amd]
-    ways = (variants if options.variants else usual)(options.head_size)
-    if options.only:
-        ways = [way for way in ways if name_of(way.kernel) in options.only]
     rows = []
     for target in targets:
-        for way in ways:
+        capability = target.arch if target.backend == "cuda" else 0
+        for way in (variants if options.variants else usual)(options.head_size, capability):
+            if options.only and name_of(way.kernel) not in options.only:
+                continue
             row = compiled(way, target, options.ptx)
             print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
             rows.append(row)
@@ -79,15 +79,16 @@ def counts(N: int) -> dict[str, Any]:
 
     Each tensor counts once per kernel that reads or writes it; the two sequential kernels read what
     belongs to the keys once for each block of values, of which a cache may serve all but the first.
+    (One block on an H100 or H200. What the last kernel reads a second time is in a cache.)
     """
     from rwkvtune.kernels.triton_gpu import CHUNK_LEN as n
-    from rwkvtune.kernels.triton_gpu import VALUES_PER_PROGRAM
+    from rwkvtune.kernels.triton_gpu import values_per_program
 
     heads, tokens = 4096 // N, 8 * 4096
     tensor = 2 * tokens * 4096  # bytes of one bf16 input
     square = 4 * tokens // n * heads * n * n  # the inverses, fp32
     states = 2 * tokens // n * heads * N * N  # bf16
-    blocks = max(1, N // VALUES_PER_PROGRAM)
+    blocks = N // values_per_program(N, 90)
     invert = 3 * tensor + square
     forward = (5 * blocks + 2) * tensor + blocks * square + states
     state_gradient = (4 * blocks + 1) * tensor + blocks * square + states
@@ -121,9 +122,8 @@ def name_of(kernel: Any) -> str:
     return f"{kernel.__module__.split('.')[-2]}{kernel.__name__}"
 
 
-def variants(head_size: int) -> list[Way]:
+def variants(head_size: int, capability: int) -> list[Way]:
     """Everything that changes one thing about a usual way."""
-    one = dict.fromkeys(("tokens", "T", "H", "segments", "chunks", "chunks_per_segment"), 1)
     changes: dict[str, dict[str, Any]] = {
         "reset": {"HAS_RESET": True},
         "before": {"HAS_BEFORE": True},
@@ -138,22 +138,19 @@ def variants(head_size: int) -> list[Way]:
         "two shares": {"S": 2},
     }
     found = []
-    for way in usual(head_size):
+    for way in usual(head_size, capability):
         for label, change in changes.items():
             # Not a kernel that lacks the constant; and chunks of x060 have one length.
             has_it = change.keys() <= way.constants.keys()
             if has_it and not ("n" in change and name_of(way.kernel).startswith("wkv6")):
                 found.append(way._replace(constants=way.constants | change, variant=label))
-        sizes = {name: 1 for name in one if name in way.kernel.arg_names}
-        if sizes:
-            found.append(way._replace(constants=way.constants | sizes, variant="sizes of 1"))
         found.append(way._replace(variant="fp16", inputs="*fp16"))
         exact = {"PRECISION": "tf32x3"} if "PRECISION" in way.constants else {}
         found.append(way._replace(constants=way.constants | exact, variant="fp32", inputs="*fp32"))
     return found
 
 
-def usual(head_size: int) -> list[Way]:
+def usual(head_size: int, capability: int) -> list[Way]:
     """Each kernel as a bf16 training step calls it."""
     from rwkvtune.kernels import triton_gpu as shared
     from rwkvtune.kernels.fused import triton_gpu as fused
@@ -163,7 +160,9 @@ def usual(head_size: int) -> list[Way]:
     chunk = {"N": head_size, "n": shared.CHUNK_LEN, "HAS_RESET": False}
     forward = {"HAS_STATE": False, "IDENTITY": False, "WRITE_Y": True, "WRITE_STATES": True}
     backward = {"HAS_FINAL": True, "WRITE_STATES": True}
-    values = {"VALUES": min(head_size, shared.VALUES_PER_PROGRAM)}
+    values = {"VALUES": shared.values_per_program(head_size, capability)}
+    at_end = wkv7.backward_options(head_size, "tf32")
+    warps = at_end.pop("num_warps")
     precision = {"PRECISION": "tf32"}
     one = {"SHARED": False}
     head = {"N": head_size, "TOKENS": fused.TOKENS}
@@ -171,14 +170,14 @@ def usual(head_size: int) -> list[Way]:
     shift |= {"TOKENS": fused.TOKENS, "WIDTH": fused.CHANNELS}
     block = {"BLOCK": fused.BLOCK}
     return [
-        Way(wkv7._invert, chunk | precision),
+        Way(wkv7._invert, chunk | precision, 1),
         Way(wkv7._forward, chunk | precision | values | forward),
         Way(wkv7._state_gradient, chunk | precision | values | backward),
-        Way(wkv7._backward, chunk | precision, 8),
+        Way(wkv7._backward, chunk | precision | at_end, warps),
         Way(wkv6._scores, chunk | one),
         Way(wkv6._forward, chunk | precision | values | one | forward),
         Way(wkv6._state_gradient, chunk | precision | values | one | backward),
-        Way(wkv6._backward, chunk | precision | one),
+        Way(wkv6._backward, chunk | precision | one, warps),
         Way(fused._shift, shift),
         Way(fused._shift_backward, shift),
         Way(fused._keys, head),
@@ -212,7 +211,7 @@ def compiled(way: Way, target: Any, keep: Path | None) -> dict[str, Any]:
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if signature[name].startswith("*") or (name in "CTHV" and signature[name] == "i32")
+            if signature[name].startswith("*") or name in ("C", "V", "size")
         },
     )
     binary = triton.compile(source, target=target, options={"num_warps": way.warps})

@@ -13,6 +13,7 @@ FLOP/s on the same FLOP.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 from collections.abc import Callable
 from functools import partial
@@ -194,19 +195,50 @@ class Training:
         print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
         return row
 
+    def measured_at_most(
+        self, most: int, *, ctx_len: int, grad_cp: bool, repeats: int
+    ) -> dict[str, Any] | None:
+        """A row of `measure` with the largest micro-batch up to `most` that fits; None if none
+        does."""
+        micro_bsz = largest(lambda n: self.fits(n, ctx_len, grad_cp), most)
+        while micro_bsz:
+            try:
+                return self.measured(
+                    micro_bsz=micro_bsz, ctx_len=ctx_len, grad_cp=grad_cp, repeats=repeats
+                )
+            except RuntimeError as error:  # one step had room, several leave gaps
+                if not is_out_of_memory(error):
+                    raise
+            self.free()
+            micro_bsz = micro_bsz * 7 // 8
+        return None
+
     def fits(self, micro_bsz: int, ctx_len: int, grad_cp: bool) -> bool:
         """Whether a step of this size has room on the device."""
         self.model.grad_cp = grad_cp
         try:
             self.step(micro_bsz, ctx_len)()
             machine.synchronize(self.device)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return False
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.device == "cuda":
-                torch.cuda.empty_cache()
+            self.free()
         return True
+
+    def free(self) -> None:
+        """Drop gradients, and what a step that failed has left."""
+        self.optimizer.zero_grad(set_to_none=True)
+        gc.collect()  # a graph that an error cut short refers to itself
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """torch's own error, or what the driver, cuBLAS and Triton say where torch has taken all."""
+    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:

@@ -12,6 +12,8 @@ import torch
 class _KeepsNothing:
     """In place of autograd's context, for a forward that no backward follows."""
 
+    needs_input_grad = ()
+
     def save_for_backward(self, *tensors: object) -> None:
         pass
 

@@ -137,9 +137,12 @@ def _obstacle_to_triton() -> str:
 def fuses_with_triton(x: torch.Tensor, head_size: int = 64, backend: str = "auto") -> bool:
     """Whether the fused pieces around the recurrence run their Triton kernels on this tensor.
 
-    backend: what was asked for the recurrence; plain PyTorch there means plain PyTorch here.
+    backend: what was asked for the recurrence; plain PyTorch there means plain PyTorch here. Inside
+    torch.compile it is plain PyTorch too, which the compiler fuses with what is around it.
     """
-    if x.device.type != "cuda" or x.dtype == torch.float64 or _obstacle_to_triton():
+    if x.device.type != "cuda" or x.dtype == torch.float64:
+        return False
+    if torch.compiler.is_compiling() or _obstacle_to_triton():
         return False
     if backend == "auto":
         backend = os.environ.get(KERNEL_VARIABLE, "auto")

@@ -12,28 +12,64 @@ entering state. The backward does the same with Mᵀ in reverse.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .calls import without_autocast
+from .calls import apply, without_autocast
 
 CHUNK_LEN = 16
-"""Tokens per chunk. With 32 the kernels keep half the states and compute more; compiled for sm_90
-their tiles no longer fit into registers."""
-VALUES_PER_PROGRAM = 32
-"""Columns of the state that one program of the sequential kernels carries; 64 spill registers."""
+"""Tokens per chunk. Compiled for sm_90, 32 keep half the states and save no instruction, and their
+tiles no longer fit into registers."""
 PROGRAMS_PER_PROCESSOR = 2
 """Below so many sequential programs for each multiprocessor, the sequence is cut into segments."""
 SEGMENT_CHUNKS = 16
-"""A segment has at least so many chunks: its two extra runs cost as much as its own one."""
+"""A segment has at least so many chunks, since the states between segments come one by one."""
+LEAST_SEGMENTS = 3
+"""Fewer segments take longer than one: each is run twice beside its own run, together as long."""
+SIZES = ["T", "H", "chunks", "segments", "chunks_per_segment", "tokens"]
+"""Arguments whose values Triton shall not compile a kernel of its own for: lengths of prompts
+differ from call to call, and none of these makes an address easier to compute."""
+
+
+def values_per_program(N: int, capability: int) -> int:
+    """Columns of the state that one program of the sequential kernels carries. More share what is
+    computed from the keys; the limit is what fits into registers.
+
+    capability: of an NVIDIA device, such as 90; 0 for all others.
+    """
+    return N if capability >= 90 and N <= 64 else min(N, 32)
+
+
+def run_on_device(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`apply` where the first of the tensors is: Triton launches on the current device."""
+    with torch.cuda.device_of(args[0]):
+        return apply(function, *args)
 
 
 @triton.jit
 def dot(x, y, PRECISION: tl.constexpr):
     return tl.dot(x, y, input_precision=PRECISION)
+
+
+@triton.jit
+def chunk_and_head(H, chunks):
+    """What a program of a kernel that takes all chunks at once works on. One number counts both:
+    CUDA's grids end at 65535 in all directions but the first. Heads of a chunk lie side by side in
+    memory, so that their programs follow each other."""
+    program = tl.program_id(0)
+    row = program // H
+    return row % chunks, row // chunks * H + program % H
+
+
+@triton.jit
+def part_head_and_segment(parts):
+    """What a program of a sequential kernel works on."""
+    program = tl.program_id(0)
+    return program % parts, program // parts, tl.program_id(1)
 
 
 @triton.jit
@@ -68,6 +104,15 @@ def documents(reset, bh, chunk, T, H, n: tl.constexpr, HAS_RESET: tl.constexpr):
 
 
 @triton.jit
+def last_of(document, HAS_RESET: tl.constexpr):
+    """The document that the chunk ends in."""
+    last = 0  # a constant, so that what asks for it is left out of the program
+    if HAS_RESET:
+        last = tl.max(document, 0)
+    return last
+
+
+@triton.jit
 def triangle(product, document, n: tl.constexpr, STRICT: tl.constexpr):
     """product [n, n] where the token of the row may see that of the column, else 0."""
     token = tl.arange(0, n)
@@ -85,25 +130,22 @@ class Spread:
         self.B, self.T, self.H, self.N = r.shape
         self.chunks = triton.cdiv(self.T, chunk_len)
         self.chunk_len = chunk_len
-        self.parts = max(1, self.N // VALUES_PER_PROGRAM)
+        self.values = values_per_program(self.N, _capability(r.device))
+        self.parts = self.N // self.values
         wanted = PROGRAMS_PER_PROCESSOR * _processors(r.device)
         programs = self.B * self.H * self.parts
-        self.segments = max(1, min(wanted // programs, self.chunks // SEGMENT_CHUNKS))
+        segments = min(wanted // programs, self.chunks // SEGMENT_CHUNKS)
+        self.segments = segments if segments >= LEAST_SEGMENTS else 1
         self.chunks_per_segment = triton.cdiv(self.chunks, self.segments)
         self.segments = triton.cdiv(self.chunks, self.chunks_per_segment)
 
     @property
-    def sequential(self) -> tuple[int, int, int]:
-        return self.parts, self.B * self.H, self.segments
+    def sequential(self) -> tuple[int, int]:
+        return self.parts * self.B * self.H, self.segments
 
     @property
-    def parallel(self) -> tuple[int, int]:
-        return self.chunks, self.B * self.H
-
-    @property
-    def values(self) -> int:
-        """Columns of the state per program of the sequential kernels."""
-        return self.N // self.parts
+    def parallel(self) -> tuple[int]:
+        return (self.chunks * self.B * self.H,)
 
     def states(self, like: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return like.new_empty(self.B, self.H, count, self.N, self.N, dtype=dtype)
@@ -149,12 +191,28 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def operands_of(dtype: torch.dtype, precision: str) -> str:
     """Triton's name for a precision. AMD's matrix units know no tf32."""
     if torch.version.hip:
         return "ieee"
-    may_round = dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32
+    may_round = dtype != torch.float32 or _may_use_tf32()
     return "tf32" if precision == "default" and may_round else "tf32x3"
+
+
+def _may_use_tf32() -> bool:
+    """What torch was told for its own fp32 products. torch 2.9 refuses to say it in the old words
+    where it was told in the new ones."""
+    settings = torch.backends.cuda.matmul
+    if hasattr(settings, "fp32_precision"):
+        return bool(settings.fp32_precision == "tf32")
+    return settings.allow_tf32
 
 
 def _scan(own: Tensor, transfers: Tensor, first: Tensor | None) -> Tensor:

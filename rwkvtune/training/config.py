@@ -170,7 +170,7 @@ class OptimizerOptions:
     l2wrap: float = 1e-4
     """Pull on each position's largest logit; 0 = off."""
     head_chunk: int = 0
-    """Positions whose logits exist at once; 0 = as many as 64 MB hold."""
+    """Positions whose logits exist at once; 0 = as many as 64 MB (GPU: 256 MB) hold."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rwkvtune.errors import UserError
-from rwkvtune.kernels.fused.cross_entropy import LOGITS_IN_MEMORY
+from rwkvtune.kernels.fused.cross_entropy import rows_at_once
 from rwkvtune.models import ModelConfig
 from rwkvtune.training.config import TrainConfig
 
@@ -146,7 +146,7 @@ def memory_parts(
     length = min(config.schedule.chunk_len or config.data.ctx_len, config.data.ctx_len)
     length = -(-length // config.device.context_parallel)
     tokens = config.schedule.micro_bsz * length
-    rows = config.optimizer.head_chunk or max(1, LOGITS_IN_MEMORY // model.vocab_size)
+    rows = config.optimizer.head_chunk or rows_at_once(model.vocab_size, device_type)
     head = min(rows, tokens) * model.vocab_size * size + model.vocab_size * C * 4
     o = config.optimizer
     trained = model.num_parameters if trained is None else trained

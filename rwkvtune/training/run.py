@@ -592,7 +592,7 @@ def _table(config: TrainConfig, job: _Job, memory: PeakMemory) -> list[tuple[str
 def _fused_in_words(config: TrainConfig, job: _Job, device_type: str) -> str:
     """What runs around the recurrence."""
     is_triton = job.kernel.backend.startswith("triton_gpu") and device_type == "cuda"
-    words = ["Triton" if is_triton else "PyTorch"]
+    words = ["Triton" if is_triton and not config.device.compile else "PyTorch"]
     if config.device.compile:
         words.append("blocks compiled by torch.compile")
     if _keeps_working_weights(config, job.plan.world_size):

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import gpu_check, peers
-from benchmarks.train_step import largest
+from benchmarks.train_step import Training, largest
+from rwkvtune.models import RWKV7Config
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # A peer as wind_rwkv's package looks from outside, in plain PyTorch: its decay is exp(-exp(w)).
 WIND = """
@@ -88,6 +94,68 @@ def test_a_part_that_fails_is_told_and_the_others_go_on(
     result = json.loads(next(tmp_path.iterdir()).read_text())
     assert result["failed"] == ["gpu_tests: RuntimeError: no luck"]
     assert result["copy_gb_per_s"] > 0
+
+
+def test_what_is_known_is_written_before_the_device_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(device: str) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def interrupted(self: object) -> float:
+        raise KeyboardInterrupt
+
+    quick = ("gpu_tests", "copy_gb_per_s")
+    monkeypatch.setattr(gpu_check.Check, "has_time", lambda self, needs_s, name: name in quick)
+    monkeypatch.setattr(gpu_check.Check, "run_tests", lambda self: "passed")
+    monkeypatch.setattr(gpu_check, "free_memory", lost)
+    monkeypatch.setattr(gpu_check.Check, "measure_copies", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.Check("cpu", tiny=True, peers=None).run(tmp_path)
+    result = json.loads(next(tmp_path.iterdir()).read_text())
+    assert result["gpu_tests"] == "passed" and "illegal memory" in result["failed"][0]
+    assert {"device", "versions", "wkv7_fwd_bwd_ms", "step", "peers"} <= result.keys()
+
+
+def test_a_command_that_says_much_does_not_wait_and_ends_with_its_children() -> None:
+    talks = "import subprocess, time; print('x' * 10**6, flush=True); "
+    talks += "child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); child.wait()"
+    running = gpu_check.Running([sys.executable, "-c", talks])
+    assert running.wait(1.0) is None
+    while running.told().count("\n") < 2:
+        time.sleep(0.05)
+    child = Path("/proc") / running.told().split()[1]
+    running.end()
+    for _ in range(100):
+        if not child.exists() or "(sleep) Z" in (child / "stat").read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError("the child still runs")
+
+
+def test_each_gpu_test_is_in_one_of_the_shares() -> None:
+    names = re.findall(r"^def (test_\w+)", (ROOT / "tests" / "test_gpu.py").read_text(), re.M)
+    shares = gpu_check.TESTS_SIDE_BY_SIDE
+    for name in names:
+        # As pytest's -k reads them: a word is true where it is in the name.
+        words = {word: word in name for word in ("wkv", "model")}
+        assert [eval(share, words) for share in shares].count(True) == 1, name
+    assert len(names) > 4
+
+
+def test_a_batch_that_fits_once_and_then_no_more_is_made_smaller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    training = Training(RWKV7Config(vocab_size=32, n_layer=1, n_embd=64), "fp32", "cpu")
+    monkeypatch.setattr(training, "fits", lambda n, ctx_len, grad_cp: n <= 16)
+
+    def measured(*, micro_bsz: int, **unused: object) -> dict[str, int]:
+        if micro_bsz > 14:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"micro_bsz": micro_bsz}
+
+    monkeypatch.setattr(training, "measured", measured)
+    assert training.measured_at_most(64, ctx_len=8, grad_cp=False, repeats=1) == {"micro_bsz": 14}
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 29, 64, 100])

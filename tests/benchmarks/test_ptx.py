@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_token_shift_compiles_for_one_token_and_all_its_flags() -> None:
+def test_the_token_shift_compiles_for_all_its_flags() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     command = [sys.executable, "-m", "benchmarks.ptx", "--variants", "--sm", "80"]
     command += ["--only", "fused_shift"]
@@ -19,5 +19,5 @@ def test_the_token_shift_compiles_for_one_token_and_all_its_flags() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     told = [line.partition("variant ")[2] for line in done.stdout.splitlines()]
     assert {name.split("  ")[0] for name in told} == {
-        "reset", "before", "one share", "two shares", "sizes of 1", "fp16", "fp32",
+        "reset", "before", "one share", "two shares", "fp16", "fp32",
     }  # fmt: skip

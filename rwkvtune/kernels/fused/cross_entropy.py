@@ -16,8 +16,11 @@ L2WRAP = 1e-4
 """Upstream's pull of each position's largest logit towards zero."""
 
 LOGITS_IN_MEMORY = 2**25
-"""Logits that exist at once: 64 MB in bf16. More saves nothing, fewer makes the matrix products
-thin."""
+"""Logits that exist at once: 64 MB in bf16. On a CPU more saves nothing, fewer makes the matrix
+products thin."""
+LOGITS_ON_GPU = 2**27
+"""The same on a GPU: 256 MB. Each chunk adds to a gradient of vocabulary times width in fp32, which
+beside the products of only 512 tokens would take half their time."""
 SOFTMAX_BLOCK = 2**19
 """Logits whose softmax is taken at once: 2 MB in fp32, so that its passes stay in a core's
 cache."""
@@ -40,6 +43,12 @@ def head_cross_entropy_reference(
     return loss + (wrap - wrap.detach())
 
 
+def rows_at_once(vocab_size: int, device_type: str) -> int:
+    """Positions whose logits exist at once where nobody asked for another number."""
+    logits = LOGITS_ON_GPU if device_type == "cuda" else LOGITS_IN_MEMORY
+    return max(1, logits // vocab_size)
+
+
 class _HeadCrossEntropy(torch.autograd.Function):
     """The gradient is made in the forward pass, while each block of logits is at hand."""
 
@@ -57,7 +66,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x) if need_dx else None
         dw = None
-        rows = chunk_rows or max(1, LOGITS_IN_MEMORY // V)
+        rows = chunk_rows or rows_at_once(V, x.device.type)
         block = max(1, SOFTMAX_BLOCK // V) if x.device.type == "cpu" else rows
         for begin in range(0, x.shape[0], rows):
             part = slice(begin, begin + rows)
@@ -137,8 +146,8 @@ def head_cross_entropy(
     positions with `ignore_index` count for nothing.
     l2wrap: adds l2wrap * max_logit to the gradient of each position's largest logit (0 = off); with
     the mean taken over positions this is upstream's max_logit * 1e-4 / (B*T).
-    chunk_rows: positions whose logits exist at once (upstream's head_chunk); 0 = as many as 64 MB
-    of bf16 hold.  backend: that of the recurrence; see `fuses_with_triton`.
+    chunk_rows: positions whose logits exist at once (upstream's head_chunk); 0 = see
+    `rows_at_once`.  backend: that of the recurrence; see `fuses_with_triton`.
     Returns the sum, fp32 scalar. Softmax and sums are fp32 whatever the input.
     """
     with torch.autocast(hidden.device.type, enabled=False):

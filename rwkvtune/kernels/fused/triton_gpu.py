@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..triton_gpu import SIZES, run_on_device
+
 TOKENS = 32
 """Tokens per program of the pieces that work on one head or one block of channels."""
 CHANNELS = 64
@@ -75,7 +77,7 @@ def _starts(reset, token, exists):
     return tl.load(reset + token[:, None], mask=exists, other=0) != 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _shift(z, mix, before, reset, out, tokens, T, C, S: tl.constexpr,
            HAS_BEFORE: tl.constexpr, HAS_RESET: tl.constexpr,
            TOKENS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
@@ -83,12 +85,12 @@ def _shift(z, mix, before, reset, out, tokens, T, C, S: tl.constexpr,
     x = _read(z, offsets, exists)
     d = _previous(z, before, reset, offsets, exists, channel, token, T, C, HAS_BEFORE, HAS_RESET)
     d -= x
-    size = tl.cast(tokens, tl.int64) * C  # a function: of one token it is a plain number here
+    size = tokens.to(tl.int64) * C
     for s in tl.static_range(S):
         _write(out + s * size, offsets, exists, x + d * _vector(mix + s * C, channel, C))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _shift_backward(z, mix, before, reset, g0, g1, g2, g3, g4, g5, dz, dmix, tokens, T, C,
                     S: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_RESET: tl.constexpr,
                     TOKENS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
@@ -162,14 +164,14 @@ class _TokenShiftMix(torch.autograd.Function):
 def token_shift_mix(
     z: Tensor, mix: Tensor, before: Tensor | None, reset: Tensor | None
 ) -> tuple[Tensor, ...]:
-    result: tuple[Tensor, ...] = _TokenShiftMix.apply(z, mix, before, reset)
+    result: tuple[Tensor, ...] = run_on_device(_TokenShiftMix, z, mix, before, reset)
     return result
 
 
 # Keys of x070
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _keys(k, a_logit, k_k, k_a, new_k, removal, insertion, tokens, C, smallest,
           N: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     offsets, exists, channel, _ = _tile(tokens, C, tl.program_id(1), TOKENS, N)
@@ -182,7 +184,7 @@ def _keys(k, a_logit, k_k, k_a, new_k, removal, insertion, tokens, C, smallest,
     _write(insertion, offsets, exists, kk * a)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _keys_backward(k, a_logit, k_k, k_a, g_k, g_removal, g_insertion, dk, da, dk_k, dk_a,
                    tokens, C, smallest, N: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     offsets, exists, channel, _ = _tile(tokens, C, tl.program_id(1), TOKENS, N)
@@ -245,8 +247,8 @@ def prepare_keys(
     k: Tensor, a_logit: Tensor, k_k: Tensor, k_a: Tensor, head_size: int, smallest: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """smallest: the least divisor of a key."""
-    result: tuple[Tensor, Tensor, Tensor] = _PrepareKeys.apply(
-        k, a_logit, k_k, k_a, head_size, smallest
+    result: tuple[Tensor, Tensor, Tensor] = run_on_device(
+        _PrepareKeys, k, a_logit, k_k, k_a, head_size, smallest
     )
     return result
 
@@ -269,7 +271,7 @@ def _norm_backward(d_normed, normed, rstd, N: tl.constexpr):
     return (d_normed - mean - normed * along) * rstd
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bonus_gate(y, r, k, v, g, r_k, weight, bias, out, tokens, C, eps,
                 N: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     offsets, exists, channel, _ = _tile(tokens, C, tl.program_id(1), TOKENS, N)
@@ -280,7 +282,7 @@ def _bonus_gate(y, r, k, v, g, r_k, weight, bias, out, tokens, C, eps,
     _write(out, offsets, exists, before_gate * _read(g, offsets, exists))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _bonus_gate_backward(y, r, k, v, g, r_k, weight, bias, dout,
                          dy, dr, dk, dv, dg, dr_k, dweight, dbias, tokens, C, eps,
                          N: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
@@ -345,11 +347,11 @@ def norm_bonus_gate(
     bias: Tensor,
     eps: float,
 ) -> Tensor:
-    result: Tensor = _NormBonusGate.apply(y, r, k, v, g, r_k, weight, bias, eps)
+    result: Tensor = run_on_device(_NormBonusGate, y, r, k, v, g, r_k, weight, bias, eps)
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _silu_gate(y, gate, weight, bias, out, tokens, C, eps,
                N: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     offsets, exists, channel, _ = _tile(tokens, C, tl.program_id(1), TOKENS, N)
@@ -359,7 +361,7 @@ def _silu_gate(y, gate, weight, bias, out, tokens, C, eps,
     _write(out, offsets, exists, before_gate * x * tl.sigmoid(x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _silu_gate_backward(y, gate, weight, bias, dout, dy, dgate, dweight, dbias, tokens, C, eps,
                         N: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     offsets, exists, channel, _ = _tile(tokens, C, tl.program_id(1), TOKENS, N)
@@ -405,7 +407,7 @@ class _NormGate(torch.autograd.Function):
 
 
 def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    result: Tensor = _NormGate.apply(y, gate, weight, bias, eps)
+    result: Tensor = run_on_device(_NormGate, y, gate, weight, bias, eps)
     return result
 
 
@@ -448,7 +450,7 @@ class _SquaredRelu(torch.autograd.Function):
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    result: Tensor = _SquaredRelu.apply(x)
+    result: Tensor = run_on_device(_SquaredRelu, x)
     return result
 
 
@@ -496,7 +498,7 @@ class _ValueResidual(torch.autograd.Function):
 
 
 def value_residual(v: Tensor, first: Tensor, logit: Tensor) -> Tensor:
-    result: Tensor = _ValueResidual.apply(v, first, logit)
+    result: Tensor = run_on_device(_ValueResidual, v, first, logit)
     return result
 
 
@@ -542,7 +544,8 @@ def softmax_into_gradient(logits: Tensor, gold: Tensor, counted: Tensor, l2wrap:
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     V = logits.shape[1]
     block = min(BLOCK, triton.next_power_of_2(V))
-    _softmax_gradient[(len(logits),)](
-        logits, gold, counted.view(torch.uint8), losses, V, l2wrap, BLOCK=block
-    )
+    with torch.cuda.device_of(logits):
+        _softmax_gradient[(len(logits),)](
+            logits, gold, counted.view(torch.uint8), losses, V, l2wrap, BLOCK=block
+        )
     return losses.sum()

@@ -34,12 +34,17 @@ from torch.autograd.function import once_differentiable
 
 from ..triton_gpu import (
     CHUNK_LEN,
+    SIZES,
     Spread,
+    chunk_and_head,
     documents,
     dot,
+    last_of,
     operands_of,
+    part_head_and_segment,
     place,
     read,
+    run_on_device,
     triangle,
     write,
 )
@@ -70,11 +75,11 @@ def _row(tile, token, i):
     return tl.sum(tl.where(token[:, None] == i, tile, 0.0), 0)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _scores(r, k, w, u, scores, reset, T, H, chunks,
             N: tl.constexpr, n: tl.constexpr, HAS_RESET: tl.constexpr,
             SHARED: tl.constexpr):  # fmt: skip
-    chunk, bh = tl.program_id(0), tl.program_id(1)
+    chunk, bh = chunk_and_head(H, chunks)
     columns = tl.arange(0, N)[None, :]
     token = tl.arange(0, n)
     origin, rows, exists = place(bh, chunk, T, H, N, n)
@@ -96,7 +101,7 @@ def _scores(r, k, w, u, scores, reset, T, H, chunks,
     tl.store(scores + (bh.to(tl.int64) * chunks + chunk) * n * n + square, A)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward(r, k, v, w, scores, reset, state, y, states, final,
              T, H, chunks, segments, chunks_per_segment,
              N: tl.constexpr, n: tl.constexpr, VALUES: tl.constexpr,
@@ -104,7 +109,7 @@ def _forward(r, k, v, w, scores, reset, state, y, states, final,
              IDENTITY: tl.constexpr, WRITE_Y: tl.constexpr, WRITE_STATES: tl.constexpr,
              PRECISION: tl.constexpr):  # fmt: skip
     """IDENTITY: enter with X = I and no values, so that X becomes the segment's M."""
-    part, bh, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    part, bh, segment = part_head_and_segment(N // VALUES)
     columns = tl.arange(0, N)[None, :]
     values = part * VALUES + tl.arange(0, VALUES)[None, :]
     key = tl.arange(0, N)[:, None]
@@ -124,7 +129,7 @@ def _forward(r, k, v, w, scores, reset, state, y, states, final,
             tl.store(states + at_chunk * N * N + square, X.to(states.dtype.element_ty))
         origin, rows, exists = place(bh, chunk, T, H, N, n)
         document = documents(reset, bh, chunk, T, H, n, HAS_RESET)
-        last = tl.max(document, 0)
+        last = last_of(document, HAS_RESET)
         if not IDENTITY:
             V = read(v, origin, rows + values, exists)
         if WRITE_Y:
@@ -143,13 +148,13 @@ def _forward(r, k, v, w, scores, reset, state, y, states, final,
     tl.store(final + start + square, X)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _state_gradient(r, w, reset, dy, d_final, d_states, d_state,
                     T, H, chunks, segments, chunks_per_segment,
                     N: tl.constexpr, n: tl.constexpr, VALUES: tl.constexpr,
                     HAS_RESET: tl.constexpr, SHARED: tl.constexpr, HAS_FINAL: tl.constexpr,
                     WRITE_STATES: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    part, bh, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    part, bh, segment = part_head_and_segment(N // VALUES)
     columns = tl.arange(0, N)[None, :]
     values = part * VALUES + tl.arange(0, VALUES)[None, :]
     square = values * N + tl.arange(0, N)[:, None]
@@ -167,7 +172,7 @@ def _state_gradient(r, w, reset, dy, d_final, d_states, d_state,
             tl.store(d_states + at_chunk * N * N + square, dX.to(d_states.dtype.element_ty))
         origin, rows, exists = place(bh, chunk, T, H, N, n)
         document = documents(reset, bh, chunk, T, H, n, HAS_RESET)
-        last = tl.max(document, 0)
+        last = last_of(document, HAS_RESET)
         before = tl.cumsum(_log_decays(w, bh, chunk * n, T, H, N, n, -1, SHARED), 0)
         R = read(r, origin, rows + columns, exists) * tl.exp(before)
         R *= tl.where(document == 0, 1.0, 0.0)[:, None]
@@ -177,20 +182,20 @@ def _state_gradient(r, w, reset, dy, d_final, d_states, d_state,
     tl.store(d_state + start + square, dX)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward(r, k, v, w, u, scores, reset, dy, states, d_states,
               dr, dk, dv, dw, du, T, H, chunks,
               N: tl.constexpr, n: tl.constexpr, HAS_RESET: tl.constexpr,
               SHARED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """du, and dw where w is shared, get a row per chunk, to be summed."""
-    chunk, bh = tl.program_id(0), tl.program_id(1)
+    chunk, bh = chunk_and_head(H, chunks)
     at_chunk = bh.to(tl.int64) * chunks + chunk
     columns = tl.arange(0, N)[None, :]
     square = columns * N + tl.arange(0, N)[:, None]
     token = tl.arange(0, n)
     origin, rows, exists = place(bh, chunk, T, H, N, n)
     document = documents(reset, bh, chunk, T, H, n, HAS_RESET)
-    last = tl.max(document, 0)
+    last = last_of(document, HAS_RESET)
     log = _log_decays(w, bh, chunk * n, T, H, N, n, 0, SHARED)
     to_start = tl.exp(tl.cumsum(_log_decays(w, bh, chunk * n, T, H, N, n, -1, SHARED), 0))
     to_start *= tl.where(document == 0, 1.0, 0.0)[:, None]
@@ -262,7 +267,7 @@ def wkv6_triton(
     precision: as in `rwkvtune.kernels.wkv7.triton_gpu.wkv7_triton`.
     """
     operands = operands_of(r.dtype, precision)
-    result: tuple[Tensor, Tensor] = _Wkv6.apply(r, k, v, w, u, state, reset, operands)
+    result: tuple[Tensor, Tensor] = run_on_device(_Wkv6, r, k, v, w, u, state, reset, operands)
     return result
 
 
@@ -331,7 +336,7 @@ class _Wkv6(torch.autograd.Function):
         dw = r.new_empty(per_chunk, dtype=torch.float32) if is_shared else torch.empty_like(w)
         _backward[spread.parallel](
             r, k, v, w, u, scores, reset, dy, states, d_states, dr, dk, dv, dw, du,
-            *sizes, PRECISION=ctx.precision, **common,
+            *sizes, PRECISION=ctx.precision, num_warps=8 if spread.N > 64 else 4, **common,
         )  # fmt: skip
         if is_shared:
             dw = dw.sum((0, 2)).to(w.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +101,31 @@ def test_segments_side_by_side_are_the_sequence(
     truth = run(wkv7_reference, inputs, state, torch.float64, reset if with_reset else None)
     ours = run(EXACT, inputs, state, torch.float32, reset if with_reset else None)
     assert_close(ours, truth, 4e-6)
+
+
+def test_no_grid_has_more_than_cuda_allows() -> None:
+    many_rows = shared.Spread(torch.empty(40000, 33, 2, 64, device="meta"), 16)
+    long_row = shared.Spread(torch.empty(1, 2**21, 2, 64, device="meta"), 16)
+    for spread in (many_rows, long_row):
+        for grid in (spread.sequential, spread.parallel):
+            # CUDA C++ Programming Guide, technical specifications per compute capability.
+            assert grid[0] < 2**31 and all(side <= 65535 for side in grid[1:])
+
+
+def test_torch_settings_for_fp32_products_are_read_in_old_and_new_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert shared.operands_of(torch.float32, "default") == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert shared.operands_of(torch.float32, "default") == "tf32x3"
+    assert shared.operands_of(torch.bfloat16, "default") == "tf32"
+    new_words = SimpleNamespace(fp32_precision="tf32")  # the old ones raise an error beside them
+    monkeypatch.setattr(torch.backends.cuda, "matmul", new_words)
+    assert shared.operands_of(torch.float32, "default") == "tf32"
 
 
 def test_numbers_of_the_original_recurrence(golden: Path) -> None:
