@@ -79,7 +79,7 @@ def write_report(
     output: the path of both without an ending, or a folder for them; None = report beside the
     metrics.csv of a single run, in the working folder for several.
     share: width of the smoothing window as a share of the run; 0 = as logged.
-    say: gets a line about each run that cannot be drawn over `x`.
+    say: gets a line about each run without a loss or that cannot be drawn over `x`.
     UserError before any reading for paths that are no runs and an output that cannot be written.
     """
     files = find_runs(paths)
@@ -90,7 +90,9 @@ def write_report(
         check_writable(path)
     runs = read_runs(files)
     for run in runs:
-        if len(run.curve("loss")[0]) and not len(run.curve(x)[0]):
+        if not len(run.curve("loss")[0]):
+            say(f"{run.name} has no training loss: its metrics.csv has no number in that column")
+        elif not len(run.curve(x)[0]):
             say(f"{run.name} is not drawn over {x}: its metrics.csv has no values of that column")
     picture = draw_report(runs, png, x=x, share=share)
     write_page(runs, html, picture=picture, x=x, share=share)

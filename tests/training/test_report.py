@@ -119,6 +119,11 @@ def test_a_run_without_the_values_of_the_axis_is_told(tmp_path: Path) -> None:
     assert told == [
         f"{tmp_path.name} is not drawn over tokens: its metrics.csv has no values of that column"
     ]
+    (tmp_path / "metrics.csv").write_text("step,loss\n1,abc\n")
+    write_report([tmp_path], say=told.append)
+    assert told[1:] == [
+        f"{tmp_path.name} has no training loss: its metrics.csv has no number in that column"
+    ]
 
 
 def test_the_report_lies_where_it_was_asked_for(
