@@ -71,14 +71,15 @@ class _Run:
     def __init__(self, settings: AlternatingSettings) -> None:
         self.settings = settings
         self.result: dict[str, Any] = {}
+        # torchrun's other processes would say everything again.
+        self._speaks = os.environ.get("RANK", "0") == "0"
 
     def say(self, text: str) -> None:
-        if os.environ.get("RANK", "0") != "0":  # torchrun's other processes would say it again
-            return
-        print(text, file=sys.stderr if self.settings.task.json else sys.stdout, flush=True)
+        if self._speaks:
+            print(text, file=sys.stderr if self.settings.task.json else sys.stdout, flush=True)
 
     def done(self, code: int = 0) -> int:
-        if self.settings.task.json and os.environ.get("RANK", "0") == "0":
+        if self.settings.task.json and self._speaks:
             print(json.dumps({**self.result, "exit_code": code}, default=str))
         return code
 

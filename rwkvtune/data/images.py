@@ -73,8 +73,6 @@ class PictureStore:
         try:
             with self._archive.open(place) as file:
                 return read_picture(file, name)
-        except PictureError:
-            raise
         except _DAMAGED as error:
             raise PictureError(f"{name}: cannot be read from {ARCHIVE} ({error})") from error
 

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -416,11 +416,15 @@ def prepare(model: Any, settings: AlternatingSettings) -> tuple[Any, list[str]]:
     return model, parts
 
 
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each setting that was another one before; those not known from then are none."""
+    return [f"{n}: {before[n]!r} -> {now[n]!r}" for n in now if before.get(n, now[n]) != now[n]]
+
+
 def _refuse_another_run(folder: Path, run: dict[str, Any]) -> None:
     path = folder / SETTINGS_FILE
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    changed = [f"{n}: {before[n]!r} -> {run[n]!r}" for n in run if before.get(n, run[n]) != run[n]]
-    if changed:
+    if changed := changes(before, run):
         raise UserError(
             f"{folder} holds a run with other settings: {'; '.join(changed)}. Give the old values "
             "to go on, or another output_dir for a new run"

@@ -29,7 +29,13 @@ from rwkvtune.inference.alternating import Checkpoint, load
 from rwkvtune.models.alternating.masks import DEFAULT_SCHEDULE
 from rwkvtune.models.alternating.tokenizer import load_tokenizer
 from rwkvtune.models.alternating.variants import Variant
-from rwkvtune.training.alternating import checked_samples, data_module, processor_of, train
+from rwkvtune.training.alternating import (
+    changes,
+    checked_samples,
+    data_module,
+    processor_of,
+    train,
+)
 from rwkvtune.training.alternating_config import AlternatingSettings
 
 RESULT_FILE = "result.json"
@@ -151,9 +157,7 @@ def _read(
     cell: Cell, settings: AlternatingSettings, questions: Sequence[Question], path: Path
 ) -> CellResult:
     values = json.loads(path.read_text(encoding="utf-8"))
-    before, now = values.get("settings", {}), _budget(settings)
-    changed = [f"{n}: {before[n]!r} -> {now[n]!r}" for n in now if before.get(n, now[n]) != now[n]]
-    if changed:
+    if changed := changes(values.get("settings", {}), _budget(settings)):
         raise UserError(
             f"{path} is the result of other settings: {'; '.join(changed)}. Choose another --output"
         )
