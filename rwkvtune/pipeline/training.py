@@ -101,8 +101,13 @@ def run_training(config: TrainConfig) -> None:
         from rwkvtune.training.lm import train_language_model
 
         exit_code = train_language_model(config).exit_code
-    if exit_code == 130:
-        raise KeyboardInterrupt("stopped and saved: train(..., continue_training=True) goes on")
+    if exit_code in (130, -signal.SIGINT):  # the second where Python itself was still starting
+        has_state = next(Path(config.output.proj_dir).glob("resume/*"), None) is not None
+        raise KeyboardInterrupt(
+            "stopped and saved: train(..., continue_training=True) goes on"
+            if has_state
+            else "stopped before the first step: nothing was saved"
+        )
     if exit_code > 128:  # stopped by another signal than Ctrl-C
         raise SystemExit(exit_code)
     if exit_code:

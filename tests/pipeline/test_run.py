@@ -429,8 +429,9 @@ p = RWKVTrainingPipeline({work!r}, ModelConfig("x070", 1, 32, ctx_len=16, head_s
 p.prepare_data([[i % 20 for i in range(10)]] * 12)
 p.initialize_model()
 
-def interrupt():  # this process alone, once the other two have begun
-    while not (p.output_dir / "metrics.csv").exists():
+def interrupt():  # this process alone, once the other two have made a step
+    metrics = p.output_dir / "metrics.csv"
+    while not (metrics.exists() and metrics.read_text().count("\\n") > 1):
         time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGINT)
 
