@@ -74,6 +74,12 @@ class Running:
             time.sleep(0.002)
 
 
+def is_paused(running: Running) -> bool:
+    """Whether a SIGSTOP holds it; needs Linux."""
+    stat = Path(f"/proc/{running.process.pid}/stat").read_text()
+    return stat.rpartition(") ")[2].startswith("T")
+
+
 def start(
     args: Sequence[str],
     output: Path,

@@ -85,7 +85,10 @@ def test_a_run_killed_in_the_middle_ends_with_the_bits_of_one_that_was_not(
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-u", ROOT / "train_alternating.py", *flags(folder, tmp_path)],
+        [
+            *(sys.executable, "-u", ROOT / "train_alternating.py"),
+            *flags(folder, tmp_path, "--num_train_epochs", "1000"),
+        ],
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -138,10 +138,9 @@ def test_a_rank_that_is_killed_takes_the_others_with_it(text: Path, tmp_path: Pa
     for victim in (0, 1):
         folder = tmp_path / f"run-{victim}"
         ranks = start_ranks(args(text, folder, epoch_count=400), tmp_path, 2)
-        ranks[0].wait_until((folder / "metrics.csv").exists)
-        ranks[0].wait_until((folder / "resume" / "step-00000010").exists)
+        ranks[0].wait_until((folder / "rwkv-0.pth").exists)  # of 400
         ranks[victim].send(signal.SIGKILL)
-        assert ranks[1 - victim].wait(timeout=20).code not in (0, None)
+        assert ranks[1 - victim].wait().code not in (0, None)
 
 
 def test_a_restart_by_torchrun_does_not_look_for_the_ranks_that_are_gone(

@@ -6,6 +6,7 @@ import math
 import resource
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from tests.training.runs import (
     digest,
     epoch_lines,
     flags,
+    is_paused,
     losses,
     metrics,
     outcome,
@@ -301,8 +303,7 @@ def test_a_run_that_was_overtaken_by_another_in_its_folder_begins_nothing(
     folder = tmp_path / "run"
     args = ["train", *flags(SETTINGS | {"data_file": text, "proj_dir": folder})]
     slow = start(args, tmp_path / "slow", Blow(1, "/.lock", signal.SIGSTOP))
-    stat = Path(f"/proc/{slow.process.pid}/stat")
-    slow.wait_until(lambda: stat.read_text().rpartition(") ")[2].startswith("T"))
+    slow.wait_until(partial(is_paused, slow))
     assert train(text, folder).code == 0
     before = everything(folder)
     slow.send(signal.SIGCONT)
@@ -334,11 +335,12 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_line_and_going_on_is_exact(
 ) -> None:
     folder = tmp_path / "run"
     args = ["train", *flags(SETTINGS | {"data_file": text, "proj_dir": folder})]
-    running = start(args, tmp_path / "out")
-    running.wait_until((folder / "rwkv-init.pth").exists)
+    running = start(args, tmp_path / "out", Blow(1, "rwkv-0.pth", signal.SIGSTOP))
+    running.wait_until(partial(is_paused, running))
     assert running.process.pid is not None
     limit = (100_000, resource.RLIM_INFINITY)  # less than any file of weights, more than the logs
     resource.prlimit(running.process.pid, resource.RLIMIT_FSIZE, limit)
+    running.send(signal.SIGCONT)
     ended = running.wait()
     assert ended.code == 2 and "Traceback" not in ended.output
     error = ended.output.splitlines()[-1]

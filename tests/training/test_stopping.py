@@ -28,12 +28,11 @@ def test_a_stopped_run_has_saved_its_step_and_goes_on_exactly(
     number: signal.Signals, text: Path, tmp_path: Path
 ) -> None:
     folder, whole = tmp_path / "run", tmp_path / "whole"
-    running = start(args(text, folder), tmp_path / "out")
-    running.wait_until(lambda: (folder / "metrics.csv").exists() and len(metrics(folder)) >= 5)
-    running.send(number)
-    ended = running.wait()
+    rows = tmp_path / "rows"
+    ended = run(args(text, folder), tmp_path / "out", Blow(5, f"{rows}-", number), rows)
     assert ended.code == CODES[number], ended.output
     steps = len(metrics(folder))
+    assert steps == 5
     assert f"stopped after step {steps}; the same command goes on from there" in ended.output
     assert "Traceback" not in ended.output
     assert (folder / "resume" / f"step-{steps:08d}" / "state.json").exists()
@@ -70,7 +69,7 @@ def test_a_second_signal_stops_at_once(number: signal.Signals, text: Path, tmp_p
     with pytest.raises(AssertionError, match="it never happened"):
         running.wait_until((folder / "resume" / "step-00000001").exists, timeout=0.3)
     running.send(number)
-    ended = running.wait(timeout=5.0)
+    ended = running.wait()
     assert ended.code == CODES[number], ended.output
     assert "Traceback" not in ended.output
     assert [p.name for p in folder.glob("resume/*")] == ["step-00000000"]
