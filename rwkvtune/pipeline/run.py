@@ -256,9 +256,7 @@ class RWKVTrainingPipeline:
         random_seed: of initial values and orders; -1 = the pipeline's, 42 at first.
         Ctrl-C saves and then raises KeyboardInterrupt.
         """
-        if isinstance(num_epochs, bool) or (whole_number(num_epochs) or 0) < 1:
-            raise UserError(f"num_epochs={num_epochs!r} must be a whole number from 1 up")
-        num_epochs = int(num_epochs)  # of numpy's numbers too
+        num_epochs = _checked_epochs(num_epochs)
         if continue_training and not (self._has_run() or self.model_initialized):
             raise UserError(
                 f"{self.output_dir} holds no run to go on with: leave continue_training out, or "
@@ -300,6 +298,7 @@ class RWKVTrainingPipeline:
         A tokenizer of fewer ids than the checkpoint has rows leaves rows unused; UserError for one
         of more, for dimensions that differ, and where out/ holds a run.
         """
+        num_epochs = _checked_epochs(num_epochs)
         self._need_data()
         if self._has_run():
             raise UserError(
@@ -551,7 +550,11 @@ class RWKVTrainingPipeline:
     def _train_config(self, num_epochs: int, *, init_only: bool = False) -> TrainConfig:
         """Everything that the trainer is to be told."""
         dataset = self._need_data()
-        self.model_config = _with_rows_for(self.tokenizer, checked(ModelConfig, self.model_config))
+        self.model_config = _with_rows_for(
+            self.tokenizer,
+            checked(ModelConfig, self.model_config),
+            before=self.tokenizer.vocab_size,
+        )
         self.training_config = checked(TrainingConfig, self.training_config)
         self._save_config()
         flat: dict[str, Any] = {
@@ -603,9 +606,12 @@ def _with_rows_for(tokenizer: Tokenizer, model: ModelConfig, *, before: int = 0)
     """The model with at least a row for each id; UserError for a size of the user's own that is too
     small.
 
-    before: the size of the tokenizer that was there before.
+    before: the size of the tokenizer that was there before. Where it is the same, rows that are
+    enough stay: they may be those of a checkpoint.
     """
     needed = tokenizer.vocab_size
+    if before == needed <= model.vocab_size:
+        return model
     is_own = model.vocab_size not in (ModelConfig.vocab_size, before)
     if is_own and model.vocab_size < needed:
         raise UserError(
@@ -613,6 +619,13 @@ def _with_rows_for(tokenizer: Tokenizer, model: ModelConfig, *, before: int = 0)
             f"tokenizer {tokenizer.name}: leave it out, or give {needed} or more"
         )
     return dataclasses.replace(model, vocab_size=model.vocab_size if is_own else needed)
+
+
+def _checked_epochs(num_epochs: Any) -> int:
+    """As a plain int, of numpy's numbers too."""
+    if isinstance(num_epochs, bool) or (whole_number(num_epochs) or 0) < 1:
+        raise UserError(f"num_epochs={num_epochs!r} must be a whole number from 1 up")
+    return int(num_epochs)
 
 
 def _free_name(folder: Path) -> Path:

@@ -282,6 +282,20 @@ def test_weights_of_any_origin_are_taken_up(trained: Path, tmp_path: Path) -> No
         made.train_from_checkpoint(source)
 
 
+def test_rows_of_a_checkpoint_stay_also_where_they_are_as_many_as_the_default(
+    tmp_path: Path,
+) -> None:
+    of_angles = pipeline(tmp_path / "angles", tokenizer=AngleTokenizer())
+    of_angles.prepare_data(DATA)
+    source = of_angles.initialize_model()
+    assert weights(source)["emb.weight"].shape[0] == ModelConfig.vocab_size == 361
+    made = pipeline(tmp_path / "work")
+    made.prepare_data(DATA)
+    made.train_from_checkpoint(source, num_epochs=1)
+    RWKVTrainingPipeline(tmp_path / "work").train(num_epochs=2, continue_training=True)
+    assert weights(tmp_path / "work/out/rwkv-final.pth")["emb.weight"].shape[0] == 361
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -289,6 +303,7 @@ def test_weights_of_any_origin_are_taken_up(trained: Path, tmp_path: Path) -> No
         ({"override_config": {"lr_init": "fast"}}, "lr_init='fast' must be a number"),
         ({"override_config": {"n_layer": 5}}, "n_layer: checkpoint 1, pipeline 5"),
         ({"auto_detect": False}, "n_layer: checkpoint 1, pipeline 3"),
+        ({"num_epochs": 0}, "num_epochs=0 must be a whole number from 1 up"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_and_nothing_changes(
