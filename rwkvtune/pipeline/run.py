@@ -365,6 +365,8 @@ class RWKVTrainingPipeline:
         """
         from rwkvtune.inference.generate import generate
 
+        if (number := whole_number(length)) is None or number < 0:
+            raise UserError(f"length={length!r} must be a whole number from 0 up")
         of_values = getattr(self.tokenizer, "encode_sequence", None)
         is_text = isinstance(prompt, str) or of_values is None
         if is_text:
@@ -380,7 +382,7 @@ class RWKVTrainingPipeline:
                 model,
                 # Sequences begin after the end of another one.
                 [END_OF_DOCUMENT, *ids],
-                max_tokens=length,
+                max_tokens=number,
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,

@@ -162,6 +162,21 @@ def test_settings_that_a_run_does_not_go_on_with_are_not_kept(copy: Path) -> Non
     assert RWKVTrainingPipeline(copy).train(num_epochs=3, continue_training=True).steps == 6
 
 
+def test_the_trainer_speaks_of_settings_by_the_pipelines_names(copy: Path) -> None:
+    folder = copy.rename(copy.with_name("epoch_count"))
+    smaller = dataclasses.replace(TRAINING, micro_bsz=2)
+    with pytest.raises(UserError) as caught:
+        pipeline(folder, training_config=smaller).train(num_epochs=3, continue_training=True)
+    assert str(caught.value) == (
+        f"{folder}/out holds a run with other settings: steps of an epoch: 2 -> 3; windows per "
+        "step: 3 -> 2. Give the old values to go on, or another work_dir for a new run"
+    )
+    with pytest.raises(UserError, match="use precision bf16 or fp32$"):
+        pipeline(folder.parent / "new", training_config=TrainingConfig(precision="fp16")).train(
+            DATA, num_epochs=1
+        )
+
+
 def test_a_model_can_be_made_before_it_is_trained(tmp_path: Path) -> None:
     made = pipeline(tmp_path)
     made.prepare_data(DATA, "train")
@@ -366,6 +381,9 @@ def test_nothing_is_trained_on_nothing(tmp_path: Path) -> None:
     for seed in ("7", 1.5, -2):
         with pytest.raises(UserError, match="random_seed=.* must be a whole number"):
             made.train(DATA, random_seed=seed)  # type: ignore[arg-type]
+    for length in ("3", -1, 2.5):
+        with pytest.raises(UserError, match="length=.* must be a whole number from 0 up"):
+            made.generate(length=length)  # type: ignore[arg-type]
     for name in ("../train", "", 5):
         with pytest.raises(UserError, match="is no name for data"):
             made.prepare_data(DATA, name)  # type: ignore[arg-type]
@@ -391,6 +409,7 @@ def test_nothing_is_trained_on_nothing(tmp_path: Path) -> None:
         (lambda: ModelConfig(head_size_a=0), "head_size_a=0 must be at least 1"),
         (lambda: RWKVTrainingPipeline("x", TrainingConfig()), "given where a ModelConfig is"),  # type: ignore[arg-type]
         (lambda: RWKVTrainingPipeline("/dev/null/x"), "/dev/null/x"),
+        (lambda: RWKVTrainingPipeline(__file__), "is a file: give a folder"),
         (lambda: RWKVTrainingPipeline("x", wandb_project=5), "wandb_project=5 must be"),  # type: ignore[arg-type]
     ],
 )
