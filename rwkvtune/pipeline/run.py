@@ -185,7 +185,7 @@ class RWKVTrainingPipeline:
                     jsonl_path,
                     folder,
                     data_name,
-                    n_epochs or self.data_config.n_epochs_duplication,
+                    self.data_config.n_epochs_duplication if n_epochs is None else n_epochs,
                     self.model_config.ctx_len,
                     val_share=self.data_config.val_share,
                     random_seed=self.seed,
