@@ -552,6 +552,11 @@ class RWKVTrainingPipeline:
     def _train_config(self, num_epochs: int, *, init_only: bool = False) -> TrainConfig:
         """Everything that the trainer is to be told."""
         dataset = self._need_data()
+        if (now := len(BinIdx(dataset.prefix))) != dataset.total_tokens:
+            raise UserError(
+                f"{dataset.prefix}.bin has {now} tokens, and had {dataset.total_tokens} when it "
+                "was taken up: take it up again with use_existing_data, or prepare the data again"
+            )
         self.model_config = _with_rows_for(
             self.tokenizer,
             checked(ModelConfig, self.model_config),

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from rwkvtune.data.sequences import DataPipeline
 from rwkvtune.data.tokenizers.custom import BaseTokenizer
 from rwkvtune.data.tokenizers.generic import GenericTokenizer, create_vocab_file_from_tokens
 from rwkvtune.data.tokenizers.integers import AngleTokenizer, IntegerTokenizer
@@ -275,6 +276,20 @@ def test_token_files_that_are_there_already(tmp_path: Path, trained: Path) -> No
     small = pipeline(tmp_path / "small", tokenizer=IntegerTokenizer(9))
     with pytest.raises(UserError, match="vocabulary|vocab_size|id"):
         small.use_existing_data(trained / "data" / "train")
+
+
+def test_token_files_that_were_written_anew_are_not_trained_on_by_their_old_length(
+    tmp_path: Path,
+) -> None:
+    made = pipeline(tmp_path / "work")
+    made.prepare_data(DATA)
+    made.use_existing_data(shutil.copytree(tmp_path / "work/data", tmp_path / "own") / "train")
+    DataPipeline(TOKENIZER).process_numpy(DATA[:6], tmp_path / "own", "train")
+    reopened = RWKVTrainingPipeline(tmp_path / "work")
+    with pytest.raises(UserError, match=r"train\.bin has 66 tokens, and had 132 when"):
+        reopened.train(num_epochs=1)
+    reopened.use_existing_data(tmp_path / "own/train")
+    assert reopened.train(num_epochs=1).steps == 1  # 4 windows of 16 in one batch of 4
 
 
 def test_weights_of_any_origin_are_taken_up(trained: Path, tmp_path: Path) -> None:
