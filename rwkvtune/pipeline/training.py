@@ -24,7 +24,6 @@ PUBLISHED_WORDS = {
     "epoch_count": "num_epochs",
     "epoch_steps": "steps of an epoch",
     "global_bsz": "windows per step",
-    "version": "model_type",
     "head_size": "head_size_a",
     "flag": "asked for",
 }
