@@ -274,8 +274,9 @@ class RWKVTrainingPipeline:
             self._set_seed(random_seed)
             if data is not None:
                 self.prepare_data(data)
-            self._need_data()
-            run_training(self._train_config(num_epochs))
+            config = self._train_config(num_epochs)
+            self._check_initial_weights()
+            run_training(config)
         except UserError:
             if settings_of_run:  # settings that it does not go on with are not kept
                 self.seed = seed
@@ -530,6 +531,21 @@ class RWKVTrainingPipeline:
             )
         if needed < rows:
             print(f"the tokenizer has {needed} ids, the checkpoint {rows} rows: the rest is unused")
+
+    def _check_initial_weights(self) -> None:
+        """UserError for those of another model, where training is to begin from them."""
+        path = self.output_dir / "rwkv-init.pth"
+        if self._has_run() or not path.exists():
+            return
+        _, differing = validate_checkpoint_compatibility(
+            detect(path), dataclasses.asdict(self.model_config)
+        )
+        if differing:
+            raise UserError(
+                f"{path} holds the initial values of another model: {'; '.join(differing)}. "
+                "initialize_model(force=True) writes those of this one; else give a model_config "
+                "that fits them"
+            )
 
     def _has_run(self) -> bool:
         """Whether training has begun in out/."""

@@ -184,6 +184,10 @@ def test_a_model_can_be_made_before_it_is_trained(tmp_path: Path) -> None:
     path = made.initialize_model()
     first = weights(path)
     assert made.initialize_model() == path and same(path, path)
+    other = pipeline(tmp_path, model_config=dataclasses.replace(MODEL, n_layer=2))
+    with pytest.raises(UserError, match=r"n_layer: checkpoint 1, pipeline 2\. initialize_model"):
+        other.train(num_epochs=1)
+    made = pipeline(tmp_path)
     made.train(num_epochs=1)
     # The value matrix's initial value is orthogonal; a run starts from exactly what was written.
     assert all(torch.equal(first[name], tensor) for name, tensor in weights(path).items())
