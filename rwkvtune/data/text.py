@@ -433,6 +433,7 @@ def json_value(line: bytes | str, where: str) -> Any:
     """What one line of JSON holds; UserError names the place."""
     if isinstance(line, bytes):
         line = _decoded(line, where)
+    line = line.strip()  # of Unicode's blanks too, as make_data does; JSON knows only four
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
