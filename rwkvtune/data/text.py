@@ -437,8 +437,9 @@ def json_value(line: bytes | str, where: str) -> Any:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
+        reason = error.msg.removesuffix(" at")  # some of its messages end so
         raise UserError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}): {line[:60]!r}."
+            f"{where}: not JSON ({reason} at column {error.colno}): {line[:60]!r}."
         ) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; depth
         raise UserError(f"{where}: cannot be read as JSON ({error}): {line[:60]!r}.") from None
