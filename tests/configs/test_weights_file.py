@@ -165,7 +165,7 @@ def test_nothing_is_fetched_without_the_flag_and_then_it_is_in_the_cache(
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
             check=False,
         )
 

@@ -507,7 +507,7 @@ def test_two_devices_from_a_script_without_a_guard_and_from_a_notebook(tmp_path:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         cwd=tmp_path,
     )
     assert done.stdout.count("SCRIPT BEGINS") == 1

@@ -299,7 +299,7 @@ def demo_script(name: str, folder: Path, *flags: str, **variables: str) -> str:
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
         ["sh", str(ROOT / name), *flags],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

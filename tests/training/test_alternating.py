@@ -67,7 +67,7 @@ def test_a_run_killed_in_the_middle_ends_with_the_bits_of_one_that_was_not(
         [sys.executable, ROOT / "train_alternating.py", *flags(folder, killed, *more)],
         stdout=subprocess.DEVNULL,
     )
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while not (killed / "checkpoint-4").exists() and time.monotonic() < until:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
