@@ -214,20 +214,24 @@ class Template:
         ids: list[int] = []
         labels: list[int] = []
         for role, text in [("system", system), *turns]:
-            header = [self.start, *self._ids(f"{role}\n")]
-            content = [*self._ids(text), self.end]
-            ids += [*header, *content, *self.newline]
-            if self.label_mode == "assistant_only":
-                learned = content if role == "assistant" else [IGNORE_INDEX] * len(content)
-                labels += [IGNORE_INDEX] * len(header) + learned
-                labels += [IGNORE_INDEX] * len(self.newline)
-            else:
-                turn = [*header, *content, *self.newline]
-                labels += [
-                    i if role == "assistant" or i in self.always_labelled else IGNORE_INDEX
-                    for i in turn
-                ]
+            turn = [*self._opened(role, text), self.end, *self.newline]
+            ids += turn
+            labels += self._labels(role, turn)
         return ids, [IGNORE_INDEX if i == IMAGE_TOKEN_INDEX else i for i in labels]
+
+    def _labels(self, role: str, turn: list[int]) -> list[int]:
+        if self.label_mode == "llava":
+            return [
+                i if role == "assistant" or i in self.always_labelled else IGNORE_INDEX
+                for i in turn
+            ]
+        if role != "assistant":
+            return [IGNORE_INDEX] * len(turn)
+        header = self._opened(role, "")
+        if turn[: len(header)] != header:  # its newline has become one token with the text's
+            header.pop()
+        first, last = len(header), len(turn) - len(self.newline)
+        return [IGNORE_INDEX] * first + turn[first:last] + [IGNORE_INDEX] * len(self.newline)
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a question, up to where the assistant begins."""
@@ -236,13 +240,18 @@ class Template:
         turns = (("system", SYSTEM_LINES[self.version]), ("user", text))
         ids: list[int] = []
         for role, content in turns:
-            ids += [self.start, *self._ids(f"{role}\n"), *self._ids(content), self.end]
-            ids += self.newline
-        return [*ids, self.start, *self._ids("assistant\n")]
+            ids += [*self._opened(role, content), self.end, *self.newline]
+        return [*ids, *self._opened("assistant", "")]
+
+    def _opened(self, role: str, text: str) -> list[int]:
+        """A turn without its end. Role and text are one piece for the tokenizer, as in LLaVA:
+        newlines at the beginning of a text are one token with that behind the role."""
+        return [self.start, *self._ids(f"{role}\n{text}")]
 
     def _plain(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
         """The image and its caption; only the caption is learned."""
-        caption = self._ids(next(text for role, text in turns if role == "assistant") + "\n")
+        answer = next(text for role, text in turns if role == "assistant")
+        caption = self._ids(answer.replace(IMAGE_TOKEN, "") + "\n")
         images = sum(text.count(IMAGE_TOKEN) for _, text in turns)
         ids = [IMAGE_TOKEN_INDEX] * images + caption
         return ids, [IGNORE_INDEX] * images + caption

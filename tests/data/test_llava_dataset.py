@@ -230,6 +230,29 @@ def test_ids_are_those_of_qwens_chat_template() -> None:
     assert [image if i == -200 else i for i in template.prompt(talk[0][1])] == asked
 
 
+def test_newlines_that_begin_a_text_are_one_token_with_the_roles_as_in_the_original() -> None:
+    letters = {t: i for t, i in byte_tokenizer().get_vocab().items() if i < 256}
+    special = ["<|im_start|>", "<|im_end|>"]
+    merges: Any = [("Ċ", "Ċ")]
+    tokenizer = Qwen2Tokenizer(
+        vocab={**letters, "ĊĊ": 256}, merges=merges, additional_special_tokens=special
+    )
+    talk = [("user", "\nA"), ("assistant", "\nB\n\nC")]
+    spoken = [("system", "You are a helpful assistant."), *talk]
+    whole = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in spoken)
+    ids_of: Any = tokenizer.convert_tokens_to_ids
+    start, end = ids_of(special)
+    for mode, learned in (
+        # the original also learns every marker and every newline that is a token of its own
+        ("llava", [start, 10, end, 10, start, end, 10, start, *b"assistant", 256, 66, 256, 67]),
+        ("assistant_only", [256, 66, 256, 67]),
+    ):
+        ids, labels = Template(tokenizer, "qwen_2", mode).encode(talk)  # type: ignore[arg-type]
+        assert ids == tokenizer.encode(whole, add_special_tokens=False)
+        closing = [end, 10] if mode == "llava" else [end]
+        assert [label for label in labels if label != -100] == [*learned, *closing]
+
+
 def test_labels_of_both_modes_are_as_described() -> None:
     tokenizer = byte_tokenizer()
     talk = [("assistant", "dropped"), ("user", "<image>\nA"), ("assistant", "B\nC")]
@@ -255,6 +278,8 @@ def test_plain_learns_the_caption_and_qwen_2_5_has_its_own_system_line() -> None
         [-200, *b"A dog\n"],
         [-100, *b"A dog\n"],
     )
+    tagged = [("user", "<image>"), ("assistant", "A<image> dog")]
+    assert Template(tokenizer, "plain").encode(tagged)[0] == [-200, -200, *b"A dog\n"]
     ids, _ = Template(tokenizer, "qwen_2_5").encode(talk)
     assert b"created by Alibaba Cloud" in bytes(i for i in ids if 0 <= i < 256)
 
