@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from transformers import LlavaOnevisionImageProcessor
+from transformers import LlavaOnevisionConfig, LlavaOnevisionImageProcessor, Qwen2Tokenizer
 
 from rwkvtune.data.llava import make_supervised_data_module
 from rwkvtune.data.llava_dataset import DataArguments, LlavaDataset, Template
@@ -91,6 +91,26 @@ def test_counts_are_the_lengths_of_what_the_model_packs(merge: str) -> None:
             assert len(packed) == processor.image_tokens(size), size
     rule = PackingRule([], 56, None, newline="grid")
     assert len(frame_features(torch.zeros(3, 16, 2), torch.zeros(2), rule)) == 3 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("merge", "position", "tokens"),
+    [  # of the original program, run on 3 frames of 4 x 4 features
+        *(("flat", position, 12) for position in ("grid", "frame", "one_token", "no_token")),
+        ("spatial", "one_token", 12),
+        ("spatial", "grid", 18),
+        ("spatial_unpad", "one_token", 13),
+    ],
+)
+def test_a_video_has_newlines_only_where_the_merge_has_them(
+    merge: str, position: str, tokens: int
+) -> None:
+    config: Any = LlavaOnevisionConfig()
+    config.mm_patch_merge_type, config.mm_newline_position = merge, position
+    rule = PackingRule.of(config)
+    assert len(frame_features(torch.zeros(3, 16, 2), torch.zeros(2), rule)) == tokens
+    processor = ImageProcessor(56, 14, mm_newline_position=rule.newline)
+    assert processor.video_tokens(3) == tokens
 
 
 @pytest.mark.parametrize("size", [(200, 90), (90, 200), (60, 60)])
