@@ -306,17 +306,24 @@ class LlavaCollator:
             batch["modalities"] = [kind for _, _, kind in entries]
         return batch
 
-    def visual_tokens(self, batch: dict[str, Any]) -> int:
-        """How many tokens the images of a batch become, before any cut to the longest length."""
-        total = 0
-        for views, size, kind in zip(
+    def widths(self, batch: dict[str, Any]) -> Tensor:
+        """How many positions each id of a batch takes in the decoder, [B, T]: an image its tokens,
+        padding none, and nothing what lies beyond the longest length once the images are in."""
+        entries = zip(
             batch.get("images", ()),
             batch.get("image_sizes", ()),
             batch.get("modalities", ()),
             strict=True,
-        ):
-            if kind == "video":
-                total += self.processor.video_tokens(len(views))
-            elif kind == "image":
-                total += self.processor.image_tokens(size, alone=len(views) > 1)
-        return total
+        )
+        lengths = [
+            self.processor.video_tokens(len(views))
+            if kind == "video"
+            else self.processor.image_tokens(size, alone=len(views) > 1)
+            for views, size, kind in entries
+            if kind != "text"
+        ]
+        ids: Tensor = batch["input_ids"]
+        widths: Tensor = batch["attention_mask"].clone()
+        widths[ids == IMAGE_TOKEN_INDEX] = torch.tensor(lengths, dtype=widths.dtype).to(ids.device)
+        ends = widths.cumsum(1).clamp(max=self.tokenizer.model_max_length)
+        return ends.diff(dim=1, prepend=ends.new_zeros(len(ends), 1))

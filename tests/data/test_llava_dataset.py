@@ -350,13 +350,17 @@ def test_the_module_keeps_its_documented_contract(tmp_path: Path) -> None:
     assert batch["attention_mask"].sum(1).tolist() == lengths
     assert batch["labels"][2, lengths[2] :].eq(-100).all()
     # 40 x 30 on a canvas of 56 x 56: 4 patches, and 4 - 0 rows of 4 + newline
-    assert module["data_collator"].visual_tokens(batch) == (4 + 4 * 5) + 5 + 5 + (2 + 1)
+    widths = module["data_collator"].widths(batch)
+    assert widths[batch["input_ids"] == -200].tolist() == [4 + 4 * 5, 5, 5, 2 + 1]
+    assert widths.sum(1).tolist() == [lengths[0] + 23, lengths[1] + 8, lengths[2], lengths[3] + 2]
     texts = module["data_collator"]([dataset[2]])
     assert "images" not in texts
     tokenizer.model_max_length = 60  # ends in the middle of the question with two images
     cut = module["data_collator"]([dataset[1]])
     places = int((cut["input_ids"] == -200).sum())
     assert cut["input_ids"].shape[1] == 60 and len(cut["images"]) == max(places, 1)
+    widths = module["data_collator"].widths(cut)
+    assert widths.sum() == 60 and (widths[0, 60 - 4 * places :] == 0).all()
 
 
 def test_the_time_of_frames_is_told_when_asked_for(tmp_path: Path) -> None:
