@@ -212,7 +212,7 @@ def _with_all_tags(turns: list[tuple[str, str]], pictures: int) -> list[tuple[st
         if first is None:
             raise UserError("a picture needs a turn of the user to stand in")
         who, text = turns[first]
-        turns = [*turns[:first], (who, f"{IMAGE_TAG}\n" * lacking + text), *turns[first + 1 :]]
+        turns = [*turns[:first], (who, IMAGE_TAG * lacking + text), *turns[first + 1 :]]
     return turns
 
 
