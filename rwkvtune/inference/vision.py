@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,12 @@ from torch import Tensor
 
 from rwkvtune.checkpoint import load_weights
 from rwkvtune.data.images import Preprocessing
-from rwkvtune.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
+from rwkvtune.data.tokenizers import END_OF_DOCUMENT, Tokenizer, find_tokenizer, load_tokenizer
 from rwkvtune.data.visual import TURN_END, Assembly, Sample, collate
 from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.inference.generate import evaluating, generate
 from rwkvtune.inference.load import prepare_matrices
+from rwkvtune.inference.tokenizer import without_text
 from rwkvtune.models import build_model, config_from_state_dict, fill_model
 from rwkvtune.models.frame import LanguageModel
 from rwkvtune.models.vision.config import (
@@ -209,6 +211,12 @@ class VisionSystem:
     def device(self) -> torch.device:
         return self.model.llm.emb.weight.device
 
+    @cached_property
+    def banned_ids(self) -> list[int]:
+        """Ids that no answer has: they stand for no text, and are not the end of one."""
+        banned = set(without_text(self.tokenizer, self.model.llm.config.vocab_size))
+        return sorted(banned - {END_OF_DOCUMENT})
+
     def features(self, pictures: Sequence[Image]) -> Tensor:
         """What the encoder makes of pictures: [N, n, E]."""
         pixels = np.stack([self.preprocessing.pixels(picture) for picture in pictures])
@@ -339,13 +347,11 @@ class VisionChat:
         features = system.features(pictures) if pictures else None
         last = int(sample.ids[-1])
         state = read_prompt(system, [sample], features, self.state)
-        ends = {0, *tokenizer.encode(TURN_END)}
-        unused = {i for i in tokenizer.unused_ids if i < llm.config.vocab_size}
-        banned = {*unused, *range(tokenizer.vocab_size, llm.config.vocab_size)} - {0}
+        ends = {END_OF_DOCUMENT, *tokenizer.encode(TURN_END)}
         said = []
         for id in generate(
-            llm, [last], max_tokens=max_tokens, stop_ids=ends, banned_ids=banned, state=state,
-            **sampling,
+            llm, [last], max_tokens=max_tokens, stop_ids=ends, banned_ids=system.banned_ids,
+            state=state, **sampling,
         ):  # fmt: skip
             said.append(id)
             yield id

@@ -17,6 +17,7 @@ from rwkvtune.data.images import PictureStore
 from rwkvtune.data.visual import Sample, collate
 from rwkvtune.demo.vision_fixture import DATA, MODEL
 from rwkvtune.errors import UserError
+from rwkvtune.evaluation.vision import greedy
 from rwkvtune.inference.vision import (
     VisionChat,
     VisionSystem,
@@ -81,6 +82,19 @@ def test_a_dialogue_with_carried_state_is_one_long_text(system: VisionSystem) ->
         for offset, id in enumerate(answer):
             row = logits[begin + offset - 1]
             assert row[id] >= row.max() - 1e-3, "greedy: what one pass over all finds likeliest"
+
+
+def test_no_answer_has_ids_that_stand_for_no_text(folder: Path) -> None:
+    system = load_vision(folder)
+    sample, features = system.assembly.question("What?", pictures=1), system.features([picture(1)])
+    logits = logits_of(system, sample, [picture(1)])[len(sample.ids) - 1]
+    order = logits.argsort(descending=True).tolist()
+    letter = next(id for id in order if system.tokenizer.decode([id]).isalpha())
+    system.tokenizer.unused_ids = order[: order.index(letter)]  # all that are likelier
+    assert len(system.tokenizer.unused_ids)
+    assert greedy(system, [sample], features, 1) == [system.tokenizer.decode([letter])]
+    chat = list(VisionChat(system).ask("What?", [picture(1)], max_tokens=1, temperature=0))
+    assert chat == [letter]
 
 
 def test_log_likelihoods_are_sums_over_the_labelled_tokens(system: VisionSystem) -> None:
