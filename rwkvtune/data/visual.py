@@ -355,8 +355,8 @@ class VisualDataset:
         if not kept:
             nothing = np.zeros(LENGTH_MULTIPLE, dtype=np.int64)
             kept = [Sample(nothing, np.full_like(nothing, IGNORED_TARGET), nothing.astype(bool))]
-        if self.features_of is not None:
-            features = torch.stack([torch.as_tensor(a) for a in arrays]) if arrays else None
+        if arrays and self.features_of is not None:
+            features = torch.stack([torch.as_tensor(a) for a in arrays])
             return self._collated(kept, None, features)
         height, width = self.preprocessing.shape
         empty = np.zeros((0, 3, height, width), dtype=np.uint8)

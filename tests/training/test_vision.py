@@ -494,6 +494,18 @@ def test_cached_features_train_the_same_adapter(
         train(tmp_path / "small", feature_cache=str(tmp_path / "c"), cache_limit_gb=1e-6)
 
 
+def test_batches_without_any_picture_train_with_cached_features_too(tmp_path: Path) -> None:
+    shutil.copytree(vision_files() / DATA, tmp_path / "data")
+    chat = tmp_path / "data" / "chat.json"
+    records = json.loads(chat.read_text())[:2]
+    talk = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]
+    chat.write_text(json.dumps([*records, {"conversations": talk}, {"conversations": talk}]))
+    options = {"data_file": str(tmp_path / "data"), "micro_bsz": 1, "epoch_steps": 4}
+    assert train(tmp_path / "without", **options) == 0
+    assert train(tmp_path / "with", **options, feature_cache=str(tmp_path / "cache")) == 0
+    assert losses(tmp_path / "with") == pytest.approx(losses(tmp_path / "without"), rel=1e-5)
+
+
 def test_generate_points_from_a_vision_run_to_the_command_that_asks_it(
     stage_1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
