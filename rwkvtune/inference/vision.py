@@ -107,6 +107,8 @@ def read_adapter(path: Path, *, encoder_width: int | None = None) -> SavedAdapte
         )
     tensors = {name: weights[old] for name, old in names.items()}
     about = read_about(path)
+    if "adapter" not in about and _has_idle_norm(tensors):
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("pre_norm.")}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if "adapter" in about:
         config = AdapterConfig(**about["adapter"])
@@ -125,8 +127,20 @@ def read_adapter(path: Path, *, encoder_width: int | None = None) -> SavedAdapte
     return SavedAdapter(path, config, tensors, trained, about)
 
 
+def _has_idle_norm(tensors: Mapping[str, Tensor]) -> bool:
+    """True for the projector of the later WorldRWKV's `auto_siglip2`, which has a norm beside its
+    convolution and leaves it out of its forward: no training has moved it from where it began."""
+    weight, bias = tensors.get("pre_norm.weight"), tensors.get("pre_norm.bias")
+    if "conv.weight" not in tensors or weight is None or bias is None:
+        return False
+    return bool((weight == 1).all() and (bias == 0).all())
+
+
 def _encoder_name(name: str) -> str:
-    return name.removeprefix("encoder.").removeprefix("modality.world_encoder.model.")
+    for prefix in ("modality.world_encoder.model.", "encoder.model.", "encoder."):
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -253,7 +267,7 @@ def load_vision(
     check_widths(saved, encoder)
     notes = other_encoder(saved, encoder)
     if saved.encoder_weights:
-        take_weights(encoder, saved.encoder_weights)
+        take_weights(encoder, saved.encoder_weights, str(saved.path))
     llm = load_language_model(Path(base), dtype=dtype)
     if llm.config.n_embd != saved.config.n_embd:
         raise UserError(

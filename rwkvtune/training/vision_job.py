@@ -195,7 +195,7 @@ def _take_saved_encoder(encoder: Encoder, resume: Path, is_trained: bool) -> Non
     prefix = "encoder.model."
     weights = {n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)}
     if weights and not is_trained:
-        take_weights(encoder, weights)
+        take_weights(encoder, weights, str(resume))
 
 
 def _confirm_shapes(config: VisionConfig, llm: ModelConfig, notes: list[str]) -> None:
@@ -244,7 +244,7 @@ def _starting_adapter(
     notes += other_encoder(saved, encoder)
     notes.append(f"the adapter comes from {saved.path}: all {len(saved.weights)} tensors of it")
     if saved.encoder_weights:
-        take_weights(encoder, saved.encoder_weights)
+        take_weights(encoder, saved.encoder_weights, str(saved.path))
         notes.append("and the encoder's weights, which were trained with it")
     return saved
 
