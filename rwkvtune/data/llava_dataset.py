@@ -22,6 +22,7 @@ from rwkvtune.data.llava_manifest import (
     Record,
     check_records,
     frames_of,
+    from_the_user_on,
     num_words,
     pictures_of,
     read_manifest,
@@ -207,13 +208,10 @@ class Template:
         """(ids, labels); -200 stands for each <image>, -100 is not learned."""
         if self.version == "plain":
             return self._plain(turns)
-        turns = list(turns)
         system = SYSTEM_LINES[self.version]
-        if turns[0][0] != "user":  # as LLaVA: its own system line, and the user begins
-            turns = turns[1:]
         ids: list[int] = []
         labels: list[int] = []
-        for role, text in [("system", system), *turns]:
+        for role, text in [("system", system), *from_the_user_on(list(turns))]:
             turn = [*self._opened(role, text), self.end, *self.newline]
             ids += turn
             labels += self._labels(role, turn)

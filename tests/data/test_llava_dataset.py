@@ -212,6 +212,14 @@ def test_a_bad_manifest_is_named(tmp_path: Path, name: str, text: str, reason: s
         ({"conversations": []}, "no `conversations`"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "from 'bot'"),
         ({"conversations": turns("a")[:1]}, "nothing to learn"),
+        ({"conversations": turns("a")[1:]}, "no turn of the assistant"),
+        (  # the first turn is left out, and its picture's place with it
+            {"image": "p.png", "conversations": [*turns("", "<image>")[1:], *turns("a")]},
+            "1 images for 0 <image>",
+        ),
+        ({"image": "n" * 300, "conversations": turns("<image>")}, "there is no picture"),
+        ({"image": ".", "conversations": turns("<image>")}, "there is no picture"),
+        ({"conversations": turns("\ud800")}, "surrogates not allowed"),
     ],
 )
 def test_samples_that_cannot_be_trained_on_are_counted_and_named(
