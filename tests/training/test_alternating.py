@@ -56,12 +56,14 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("lora", [False, True])
+LORA = ("--lora_enable", "--lora_r", "4", "--lora_dropout", "0.3")
+"""Dropout: the random state has to come back too."""
+
+
+@pytest.mark.parametrize("more", [(), LORA, (*LORA, "--bits", "4")])
 def test_a_run_killed_in_the_middle_ends_with_the_bits_of_one_that_was_not(
-    folder: Path, tmp_path: Path, lora: bool, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # dropout: the random state has to come back too
-    more = ["--lora_enable", "--lora_r", "4", "--lora_dropout", "0.3"] if lora else []
     assert guarded("alternating_train", flags(folder, tmp_path / "whole", *more)) == 0
     killed = tmp_path / "killed"
     process = subprocess.Popen(
@@ -255,7 +257,7 @@ def test_a_folder_of_another_run_is_refused_and_one_that_is_done_says_so(
 def test_fp16_without_a_gpu_is_refused() -> None:
     settings = AlternatingSettings.from_flat({"fp16": True, "use_cpu": True})
     with pytest.raises(UserError, match="fp16"):
-        prepare(golden_model("base"), settings)
+        prepare(golden_model("base"), settings, "base")
 
 
 def test_settings_without_effect_are_told_and_wrong_ones_listed_together() -> None:
@@ -264,10 +266,11 @@ def test_settings_without_effect_are_told_and_wrong_ones_listed_together() -> No
     )
     assert len(settings.without_effect()) == 2
     wrong = AlternatingSettings.from_flat(
-        {"learning_rate": -1.0, "group_by_length": True, "group_by_varlen": True}
+        {"learning_rate": -1.0, "group_by_length": True, "group_by_varlen": True, "bits": 4}
     )
     found = wrong.problems()
-    assert len(found) == 3 and "learning_rate=-1.0" in found[0]
+    assert len(found) == 4 and any("add --lora_enable" in problem for problem in found)
+    assert "learning_rate=-1.0" in found[0]
 
 
 def test_the_flags_of_llavas_training_scripts_are_known() -> None:
