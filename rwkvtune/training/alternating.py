@@ -159,10 +159,15 @@ class AlternatingTrainer(Trainer):
     """transformers' Trainer with our groups, order of samples, and checkpoints."""
 
     def __init__(
-        self, settings: AlternatingSettings, naming: Naming, meter: Throughput, **kwargs: Any
+        self,
+        settings: AlternatingSettings,
+        naming: Naming,
+        meter: Throughput,
+        say: Say,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.settings, self.naming, self.meter = settings, naming, meter
+        self.settings, self.naming, self.meter, self.say = settings, naming, meter, say
         self._staging: Path | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedSampler:
@@ -192,14 +197,12 @@ class AlternatingTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> Tensor:
-        keep = inputs["attention_mask"]
-        places = int((inputs["input_ids"] == IMAGE_TOKEN_INDEX).sum())
         collator: Any = self.data_collator
-        visual = collator.visual_tokens(inputs)
+        widths = collator.widths(inputs)
         self.meter.add(
-            samples=len(keep),
-            tokens=int(keep.sum()) - places + visual,
-            visual_tokens=visual,
+            samples=len(widths),
+            tokens=int(widths.sum()),
+            visual_tokens=int(widths[inputs["input_ids"] == IMAGE_TOKEN_INDEX].sum()),
         )
         loss: Tensor = super().training_step(model, inputs, *args)
         if not torch.isfinite(loss):
@@ -208,10 +211,29 @@ class AlternatingTrainer(Trainer):
                 f"step {self.state.global_step + 1}: the loss is {float(loss)}, so the optimizer "
                 "was not moved"
                 + (f"; the newest checkpoint, {saved[0]}, is good" if saved else "")
-                + ". A lower learning_rate may help; samples whose answers lie beyond "
-                f"model_max_length={self.settings.data.model_max_length} have nothing to learn"
+                + ". A lower learning_rate may help"
             )
         return loss
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> Any:
+        """What the loss of a step is divided by: the labels that are left once the images are in
+        and the rows cut. transformers would count those of the batch as it was given."""
+        collator: Any = self.data_collator
+        left = []
+        for batch in batch_samples:
+            labels = batch["labels"].masked_fill(collator.widths(batch) == 0, IGNORE_INDEX)
+            labels[:, 0] = IGNORE_INDEX  # nothing predicts it
+            left.append({"labels": labels})
+        count: Any = super()._get_num_items_in_batch(left, device)
+        if count is not None and not count.any():
+            self.say(
+                f"step {self.state.global_step + 1}: no answer lies within "
+                f"model_max_length={self.settings.data.model_max_length}: nothing is learned"
+            )
+            return torch.ones_like(count)
+        return count
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)
@@ -373,6 +395,7 @@ def train(
             settings,
             naming,
             meter,
+            say,
             model=model,
             args=arguments,
             processing_class=tokenizer,

@@ -17,8 +17,11 @@ import torch
 
 from rwkvtune.cli.alternating_train import parse
 from rwkvtune.cli.main import guarded
+from rwkvtune.data.llava_dataset import DataArguments, LlavaCollator, LlavaDataset
 from rwkvtune.demo.alternating_checkpoints import make
 from rwkvtune.errors import UserError
+from rwkvtune.inference.alternating import Checkpoint, load
+from rwkvtune.models.alternating.tokenizer import load_tokenizer
 from rwkvtune.training.alternating import (
     checkpoints,
     choose_trainable,
@@ -185,6 +188,31 @@ def test_accumulated_batches_give_the_step_of_one_large_batch(folder: Path, tmp_
         # Adam's first step is lr times the sign of each gradient; near zero the sign may differ.
         differs = (tensor - four[name]).abs() > 1e-4
         assert differs.float().mean() < 0.01, name
+
+
+def test_the_loss_is_the_mean_over_the_labels_that_are_left_when_images_fill_the_row(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def trained(limit: int, *more: str) -> float:
+        argv = flags(folder, tmp_path / f"{limit}{len(more)}", "--max_steps", "1")
+        argv += ["--model_max_length", str(limit), "--per_device_train_batch_size", "12", *more]
+        assert guarded("alternating_train", argv) == 0
+        told = capsys.readouterr().out
+        assert ("no answer lies within model_max_length=60" in told) == bool(more)
+        return float(re.findall(r"^step 1/1  loss (\S+)", told, re.M)[0])
+
+    checkpoint = Checkpoint.open(folder / "path_or_repo_with_alternating_attn")
+    model, _ = load(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    for limit in (2048, 60):  # the second ends within the images
+        tokenizer.model_max_length = model.config.tokenizer_model_max_length = limit
+        dataset = LlavaDataset(tokenizer, DataArguments(str(folder / "laion_subset.json")))
+        dataset.processor = processor_of(model.config)
+        batch = LlavaCollator(tokenizer, dataset.processor)([dataset[i] for i in range(12)])
+        with torch.no_grad():
+            mean = model(**batch).loss  # transformers', when it is not told a number
+        assert trained(limit) == pytest.approx(float(mean), abs=1e-4)
+    assert trained(60, "--label_mode", "assistant_only") == 0.0
 
 
 def test_gradient_checkpointing_and_bf16_train(folder: Path, tmp_path: Path) -> None:
