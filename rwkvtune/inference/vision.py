@@ -22,12 +22,12 @@ from torch import Tensor
 
 from rwkvtune.checkpoint import load_weights
 from rwkvtune.data.images import Preprocessing
-from rwkvtune.data.tokenizers import END_OF_DOCUMENT, Tokenizer, find_tokenizer, load_tokenizer
+from rwkvtune.data.tokenizers import END_OF_DOCUMENT, Tokenizer
 from rwkvtune.data.visual import TURN_END, Assembly, Sample, collate
 from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.inference.generate import evaluating, generate
 from rwkvtune.inference.load import prepare_matrices
-from rwkvtune.inference.tokenizer import without_text
+from rwkvtune.inference.tokenizer import tokenizer_for, without_text
 from rwkvtune.models import build_model, config_from_state_dict, fill_model
 from rwkvtune.models.frame import LanguageModel
 from rwkvtune.models.vision.config import (
@@ -50,8 +50,6 @@ if TYPE_CHECKING:
 ABOUT_FILE = "adapter_config.json"
 EARLIER_STAGE = "stage-1"
 """Folder inside a run folder to which a second stage moves what the first one wrote."""
-WORLD_ROWS = range(65530, 65537)
-"""Sizes of vocabulary that the World tokenizer is assumed for."""
 
 
 @dataclass(frozen=True)
@@ -173,25 +171,6 @@ def load_language_model(path: Path, *, dtype: torch.dtype = torch.float32) -> La
     return model.eval()
 
 
-def tokenizer_for(path: Path, vocab_size: int, spec: str = "") -> Tokenizer:
-    """The tokenizer named by spec, else the one kept with the weights, else World for its sizes."""
-    tokenizer = load_tokenizer(spec) if spec else find_tokenizer(path)
-    if tokenizer is None and vocab_size in WORLD_ROWS:
-        tokenizer = load_tokenizer("world")
-    if tokenizer is None:
-        raise UserError(
-            f"{path} has no tokenizer beside it, and {vocab_size} ids tell of none: give "
-            "--tokenizer bytes, world, a tokenizer.json or a vocabulary file"
-        )
-    needed = 1 + max(set(range(tokenizer.vocab_size)) - set(tokenizer.unused_ids))
-    if needed > vocab_size:
-        raise UserError(
-            f"the tokenizer {tokenizer.name} has ids up to {needed - 1}, {path} knows 0 to "
-            f"{vocab_size - 1}: give --tokenizer the one that it was trained with"
-        )
-    return tokenizer
-
-
 def open_encoder(path: str, kind: str, dtype: torch.dtype) -> tuple[Encoder, Preprocessing]:
     """An encoder, and how its pictures are prepared."""
     processor = read_processor(path)
@@ -265,7 +244,7 @@ def load_vision(
     if encoder.width != saved.config.encoder_width:
         saved = read_adapter(path, encoder_width=encoder.width)
     check_widths(saved, encoder)
-    notes = other_encoder(saved, encoder)
+    notes = list(other_encoder(saved, encoder))
     if saved.encoder_weights:
         take_weights(encoder, saved.encoder_weights, str(saved.path))
     llm = load_language_model(Path(base), dtype=dtype)
@@ -282,13 +261,14 @@ def load_vision(
             Path(base),
             llm.config.vocab_size,
             tokenizer or _from_here(about.get("tokenizer", ""), about),
+            notes.append,
         ),
         saved.config.num_tokens(encoder.num_tokens),
         form=template.get("form", "prefix"),
         keep_image_tag=template.get("keep_image_tag", False),
     )
     model = VisionLanguageModel(llm, encoder, adapter).requires_grad_(False)
-    return VisionSystem(model.to(device).eval(), assembly, preprocessing, notes)
+    return VisionSystem(model.to(device).eval(), assembly, preprocessing, tuple(notes))
 
 
 def _base_of(saved: SavedAdapter) -> str:

@@ -18,6 +18,7 @@ from rwkvtune.data.images import Preprocessing
 from rwkvtune.data.tokenizers import Tokenizer
 from rwkvtune.data.visual import IMAGE_PAD, Assembly, VisualDataset
 from rwkvtune.errors import UserError
+from rwkvtune.inference.tokenizer import tokenizer_for
 from rwkvtune.inference.vision import (
     SavedAdapter,
     check_widths,
@@ -26,7 +27,6 @@ from rwkvtune.inference.vision import (
     open_encoder,
     other_encoder,
     read_adapter,
-    tokenizer_for,
 )
 from rwkvtune.models import (
     ModelConfig,
@@ -88,7 +88,9 @@ def prepare(
     if config.adapter is not None:  # refuses what does not fit the model
         compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
         adapted = sizes_of_adapter(llm, config.adapter, compute)
-    tokenizer = tokenizer_for(Path(config.load_model), llm.vocab_size, config.tokenizer)
+    tokenizer = tokenizer_for(
+        Path(config.load_model), llm.vocab_size, config.tokenizer, notes.append
+    )
     if config.form == "placeholder" and llm.vocab_size <= IMAGE_PAD:
         raise UserError(
             f"form=placeholder uses the ids up to {IMAGE_PAD}, {config.load_model} knows 0 to "
