@@ -81,7 +81,13 @@ def export_weights(
         atomic_write(
             out,
             lambda file: llama_cpp.write(
-                file, tensors, config, name=out.stem, dtype=dtype, tokenizer=tokenizer
+                file,
+                tensors,
+                config,
+                name=out.stem,
+                dtype=dtype,
+                tokenizer=tokenizer,
+                template=source.template,
             ),
         )
     elif to == "st":

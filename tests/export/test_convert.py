@@ -19,6 +19,7 @@ from torch import Tensor
 
 import rwkvtune.files
 from rwkvtune.checkpoint import load_weights, save_weights
+from rwkvtune.data.chat import load_template
 from rwkvtune.data.tokenizers import ByteTokenizer, Tokenizer, find_tokenizer, load_tokenizer
 from rwkvtune.errors import UserError
 from rwkvtune.export.convert import export_weights
@@ -342,7 +343,41 @@ def test_gguf_holds_the_world_vocabulary(make: Make) -> None:
     for id in range(1, 65530):
         escaped = tokens[id].encode("latin-1").decode("unicode_escape")
         assert escaped.encode("latin-1") == world.decode_bytes([id]), id
-    assert reader.get_field("tokenizer.chat_template").contents() == "rwkv-world"
+    template = reader.get_field("tokenizer.chat_template").contents()
+    assert rendered(template) == "User: Hi\n\nAssistant: Hm\nHo\n\nUser: So?\n\nAssistant:"
+    assert "rwkv-world" in template  # what llama.cpp looks for when told to use no Jinja
+
+
+def rendered(template: str) -> str:
+    """A conversation as the Jinja engine of llama.cpp or transformers writes it."""
+    chats = pytest.importorskip("transformers.utils.chat_template_utils")
+    said = (("user", "Hi"), ("assistant", "Hm\n\nHo"), ("user", "So?"))
+    messages = [{"role": role, "content": content} for role, content in said]
+    (text,), _ = chats.render_jinja_template(
+        [messages], chat_template=template, add_generation_prompt=True, eos_token="<s>"
+    )
+    return str(text)
+
+
+def test_llama_cpp_is_told_of_the_template_that_was_kept(tmp_path: Path) -> None:
+    own = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    (tmp_path / "own.jinja").write_text(own)
+    save_weights(tmp_path / "model.pth", some_weights(RWKV7Config(300, 1, 64)))
+    source, out = open_source(tmp_path / "model.pth"), tmp_path / "model.gguf"
+
+    def field(spec: str | Path) -> str:
+        kept = source._replace(template=load_template(spec))
+        export_weights(kept, out, "gguf", tokenizer=ByteTokenizer(), overwrite=True)
+        found: str = gguf.GGUFReader(out).get_field("tokenizer.chat_template").contents()
+        return found
+
+    assert field(tmp_path / "own.jinja") == own
+    assert rendered(field("g1")) == "User: Hi\n\nAssistant: Hm\n\nHo\n\nUser: So?\n\nAssistant:"
+    save_weights(tmp_path / "model.pth", some_weights(RWKV7Config(65536, 1, 64)))
+    kept = open_source(tmp_path / "model.pth")._replace(template=load_template("g1"))
+    export_weights(kept, out, "gguf", tokenizer=load_tokenizer("world"), overwrite=True)
+    # A blank line, 261, ends an answer only where answers have none.
+    assert b"ggml.eos_token_id" in out.read_bytes() and b"ggml.eot_token" not in out.read_bytes()
 
 
 def test_a_vocabulary_comes_back_from_gguf(make: Make) -> None:
