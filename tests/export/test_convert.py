@@ -21,6 +21,7 @@ import rwkvtune.files
 from rwkvtune.checkpoint import load_weights, save_weights
 from rwkvtune.data.chat import load_template
 from rwkvtune.data.tokenizers import ByteTokenizer, Tokenizer, find_tokenizer, load_tokenizer
+from rwkvtune.data.tokenizers.integers import IntegerTokenizer
 from rwkvtune.errors import UserError
 from rwkvtune.export.convert import export_weights
 from rwkvtune.export.source import open_source
@@ -385,6 +386,34 @@ def test_a_vocabulary_comes_back_from_gguf(make: Make) -> None:
     tokenizer = open_source(make("gguf", tokenizer=ByteTokenizer())).tokenizer
     assert tokenizer is not None and tokenizer.vocab_size == 300
     assert tokenizer.encode(text) == ByteTokenizer().encode(text)
+
+
+def test_whole_numbers_come_back_from_gguf(make: Make) -> None:
+    there = IntegerTokenizer(5, padded_vocab_size=300)
+    tokenizer = open_source(make("gguf", tokenizer=there)).tokenizer
+    assert tokenizer is not None and tokenizer.to_json() == there.to_json()
+    assert tokenizer.encode("5 0 3") == [6, 1, 4]  # also without a blank at the end
+
+
+@pytest.mark.parametrize("tokenizer", [IntegerTokenizer(5), ByteTokenizer()])
+def test_a_tokenizer_that_llama_cpp_would_hang_on_is_told_of(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    save_weights(tmp_path / "model.pth", some_weights(RWKV7Config(257, 1, 64)))
+    source, out = open_source(tmp_path / "model.pth"), tmp_path / "x.gguf"
+    notes = export_weights(source, out, "gguf", tokenizer=tokenizer).notes
+    # It takes the longest token that fits, and does not move on where none does.
+    covers_all = {bytes([byte]) for byte in range(256)} <= {
+        tokenizer.decode_bytes([id]) for id in range(tokenizer.vocab_size)
+    }
+    assert [("a blank after each number" in note) for note in notes] == [True] * (not covers_all)
+
+
+def test_a_model_of_one_layer_is_written_with_a_word_about_its_reader(tmp_path: Path) -> None:
+    save_weights(tmp_path / "model.pth", some_weights(RWKV7Config(31, 1, 64)))
+    done = export_weights(open_source(tmp_path / "model.pth"), tmp_path / "folder", "hf")
+    assert any("cannot load a model of one layer" in note for note in done.notes)
+    assert open_source(tmp_path / "folder").config.n_layer == 1
 
 
 def test_q8_0_keeps_the_small_tensors_and_is_as_near_as_its_format_allows(make: Make) -> None:
