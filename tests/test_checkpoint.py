@@ -597,7 +597,7 @@ def test_kill_9_at_random_moments_while_saving_always_leaves_a_good_newest_state
                 assert len({float(t.mean()) for t in weights.values()}) == 1
     finally:
         server.stdin.close()
-        server.wait(timeout=30)
+        server.wait(timeout=600)
         server.stdout.close()
     assert last_saved >= 4
 

@@ -107,7 +107,7 @@ atomic_write_together({a: lambda f: f.write(b"new"), b: lambda f: f.write(b"new"
     paths = [tmp_path / "x.bin", tmp_path / "x.idx"]
     for path in paths:
         path.write_bytes(b"old")
-    start(code, *paths, renames).wait(timeout=60)
+    start(code, *paths, renames).wait(timeout=600)
     assert [path.read_bytes() for path in paths if path.exists()] == [b"new"] * renames
 
 

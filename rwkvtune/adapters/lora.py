@@ -44,7 +44,7 @@ def wrap(model: LanguageModel, settings: AdapterSettings, *, is_resumed: bool = 
     config = peft_config(settings)
     if is_resumed and settings.kind == "pissa":
         config.init_lora_weights = True
-    peft = _peft()
+    peft = peft_package()
     model.requires_grad_(False)
     try:
         with warnings.catch_warnings():
@@ -78,7 +78,7 @@ def wrap(model: LanguageModel, settings: AdapterSettings, *, is_resumed: bool = 
 
 def peft_config(settings: AdapterSettings) -> Any:
     """peft's own configuration; UserError for a field that it does not have."""
-    peft = _peft()
+    peft = peft_package()
     r = settings.rank
     common = {
         "target_modules": settings.target_modules,
@@ -148,7 +148,7 @@ def save(
     config.base_model_name_or_path = base_path
     config.inference_mode = True
     # Any other prefix would make peft's own loader find nothing, with a warning only.
-    named = _peft().get_peft_model_state_dict(
+    named = peft_package().get_peft_model_state_dict(
         model,
         state_dict=own,
         adapter_name=NAME,
@@ -172,7 +172,7 @@ def put(model: LanguageModel, folder: Path) -> Any:
 
     UserError when the folder's tensors are not exactly those that its configuration asks for.
     """
-    peft, is_training = _peft(), model.training
+    peft, is_training = peft_package(), model.training
     if not (folder / CONFIG_FILE).is_file():  # peft would look for it on a model hub
         raise MissingFileError(f"{folder} has no {CONFIG_FILE}: copy the folder again")
     try:
@@ -239,7 +239,7 @@ def _is_wrapped(module: nn.Module) -> bool:
     return hasattr(module, "base_layer")
 
 
-def _peft() -> Any:
+def peft_package() -> Any:
     """The package; UserError where it is missing."""
     # peft imports bitsandbytes, which warns that an optional package is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -71,7 +71,7 @@ class QuantizedLinear(nn.Linear):
         weight = linear.weight.detach()
         bias = None if linear.bias is None else linear.bias.detach()
         packed = cls(linear.in_features, linear.out_features, kind, bias)
-        functional = _functional()
+        functional = bitsandbytes_functional()
         if kind == "int8":
             codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
         else:
@@ -103,7 +103,7 @@ class QuantizedLinear(nn.Linear):
         """[out, in]; each value is rounded to `dtype` once."""
         if self.kind == "int8":
             return torch.mul(self.codes, self.scales[:, None] / 127.0).to(dtype)
-        functional = _functional()
+        functional = bitsandbytes_functional()
         state = functional.QuantState(
             absmax=self.scales,
             # As one row: bitsandbytes 0.50.2 on a CPU takes the wrong scales for a matrix whose
@@ -157,7 +157,9 @@ class QuantReport:
 
     def in_words(self) -> str:
         """One line for the start of a run."""
-        parts = dict.fromkeys(re.sub(r"^blocks\.\d+\.", "*.", name) for name in self.kept)
+        parts = dict.fromkeys(
+            re.sub(r"(^|\.)(blocks|layers)\.\d+\.", r"\1*.", name) for name in self.kept
+        )
         return (
             f"{self.kind}: {len(self.quantized)} matrices packed, weights "
             f"{self.bytes_before / 1e6:.2f} MB -> {self.bytes_after / 1e6:.2f} MB; in full "
@@ -179,7 +181,7 @@ def quantize(model: nn.Module, kind: str, *, names: str = PROJECTIONS) -> QuantR
     """
     if kind not in KINDS:
         raise UserError(f"quant={kind!r} must be one of {', '.join(KINDS)}")
-    _functional()
+    bitsandbytes_functional()
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     chosen = [name for name in linears if re.fullmatch(names, name)]
     if not chosen:
@@ -242,7 +244,7 @@ def adamw_8bit(
     groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
 ) -> Optimizer:
     """bitsandbytes' AdamW with both moments in 8 bits, whatever the size of a parameter."""
-    _functional()
+    bitsandbytes_functional()
     from bitsandbytes.optim import AdamW8bit
 
     optimizer: Optimizer = AdamW8bit(
@@ -253,7 +255,7 @@ def adamw_8bit(
 
 def adamw_8bit_maps(device: torch.device) -> dict[str, Tensor]:
     """The levels of adamw_8bit's two moments, which its state holds beside them."""
-    create = _functional().create_dynamic_map
+    create = bitsandbytes_functional().create_dynamic_map
     return {"qmap1": create(signed=True).to(device), "qmap2": create(signed=False).to(device)}
 
 
@@ -266,7 +268,7 @@ def bytes_of(model: nn.Module) -> int:
 @cache
 def _levels(kind: str, device: torch.device) -> Tensor:
     """The 16 values that codes stand for."""
-    levels: Tensor = _functional().get_4bit_type(kind, device=device)
+    levels: Tensor = bitsandbytes_functional().get_4bit_type(kind, device=device)
     return levels
 
 
@@ -276,7 +278,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 @cache
-def _functional() -> Any:
+def bitsandbytes_functional() -> Any:
     """bitsandbytes.functional; UserError where the package is missing."""
     # It warns that an optional package with other kernels is missing, which nothing here calls.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -284,7 +286,7 @@ def _functional() -> Any:
         import bitsandbytes.functional as functional
     except ModuleNotFoundError as error:
         raise UserError(
-            "quant and optimizer adamw8bit need the package bitsandbytes: pip install "
-            "'rwkvtune[quant]'"
+            "packed weights (quant, bits) and optimizer adamw8bit need the package bitsandbytes: "
+            "pip install 'rwkvtune[quant]'"
         ) from error
     return functional

@@ -220,6 +220,10 @@ class _Run:
 
         settings, task = self.settings, self.settings.task
         checkpoint.check_family()
+        if settings.adapter:
+            from rwkvtune.adapters.alternating import check_packages
+
+            check_packages(settings.adapter)
         tokenizer = None if task.inspect_weights else load_tokenizer(checkpoint.folder)
         dataset = self._samples(tokenizer)
         attention = settings.model.attn_implementation or None
@@ -352,7 +356,7 @@ class _Run:
             batch = alternating.synthetic_batch(model, tokenizer, processor)
             self.say("one step on a made-up sample (no --data_path)")
         try:
-            step = alternating.one_step(model, batch, settings)
+            step = alternating.one_step(model, batch, settings, self._name())
         except (RuntimeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise

@@ -42,7 +42,8 @@ ABOUT = """Talk with a model, whose answers come as they are written.
   echo "What is a noun?" | rwkvtune chat out/tuned
 
 Each line is a turn of yours; Ctrl-C ends an answer. From a pipe each line is a turn too, and the
-answers alone go to stdout. Commands in the chat:
+answers alone go to stdout; a line that begins with / and is none of the commands ends it with an
+error (exit code 2), so that a script does not go on with a chat that it did not mean. Commands:
 
 """ + "\n".join(f"  {name:<12}{about}" for name, about in COMMANDS.items())
 
@@ -171,7 +172,9 @@ def command(chat: Chat, line: str) -> None:
         "/reset": chat.reset,
     }
     if name not in known:
-        raise UserError(f"unknown command {name}: there are {', '.join(COMMANDS)}")
+        raise UserError(
+            f"unknown command {name}: there are {', '.join(COMMANDS)}; a turn cannot begin with /"
+        )
     if name in ("/save", "/load") and not argument:
         raise UserError(f"{name} needs the name of a file: {name} talk.safetensors")
     known[name]()

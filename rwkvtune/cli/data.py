@@ -90,7 +90,7 @@ def build(argv: list[str]) -> int:
         type=int,
         metavar="N",
         help="processes that tokenize; 0 or 1: none but this one (default: one for each core, at "
-        "most 16, where the input is large enough). With world each takes 300 MB of memory",
+        "most 16, where the input is large enough). With world each takes about 440 MB",
     )
     add("--ctx_len", type=int, default=512, metavar="T", help="for the magic prime (default 512)")
     add(

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rwkvtune.cli.train import OneLineParser, add_settings, parse_settings, start
 from rwkvtune.errors import UserError
-from rwkvtune.training.config import TrainConfig
+from rwkvtune.training.config import TrainConfig, Version
 
 Family = Literal["v5 tree", "train_temp"]
+
+VERSIONS = get_args(Version)
 
 MINI_EPOCH_SAMPLES = 40320
 """Windows of one mini-epoch in RWKV-LM."""
@@ -315,6 +317,10 @@ def _refusals(
         and flag.asks_for_something(published[name])
         and not (name == "dim_att" and published[name] == settings["n_embd"])
     ]
+    if published["my_testing"] not in (None, *VERSIONS):
+        problems.append(
+            f"--my_testing {published['my_testing']}: the models here are {', '.join(VERSIONS)}"
+        )
     if Path(settings["data_file"]).suffix in TEXT_SUFFIXES and "data_type" not in given:
         source = settings["data_file"]
         problems.append(
@@ -417,7 +423,8 @@ def _set_stage(
     from_file = named or (stage != 1 and any(folder.glob("rwkv-*.pth")))
     if not from_file:
         for name, value in (V5_FRESH_MODEL if v5 else FRESH_MODEL).items():
-            settings[name] = settings[name] or value
+            if settings[name] is None:
+                settings[name] = value
 
 
 def _stage_in_words(stage: int, family: Family) -> str:

@@ -15,9 +15,17 @@ HUB_REPOSITORY = "BlinkDL/rwkv7-g1"
 
 
 def model_folders() -> list[Path]:
-    """The user's own folders, in their order; also those that do not exist."""
+    """The user's own folders, in their order; also those that do not exist, whose disk may not be
+    there today. UserError for a file."""
     given = os.environ.get(FOLDERS_VARIABLE, "")
-    return [Path(folder).expanduser() for folder in given.split(os.pathsep) if folder]
+    folders = [Path(folder).expanduser() for folder in given.split(os.pathsep) if folder]
+    for folder in folders:
+        if folder.is_file():
+            raise UserError(
+                f"{FOLDERS_VARIABLE} names the file {folder}, and takes folders: name the one that "
+                f"it lies in, {folder.absolute().parent}"
+            )
+    return folders
 
 
 def look_for(model_file: str, *, beside: Path | None) -> tuple[Path | None, list[str]]:
@@ -33,7 +41,9 @@ def look_for(model_file: str, *, beside: Path | None) -> tuple[Path | None, list
         return (wanted if wanted.is_file() else None), [str(wanted)]
     folders = [] if beside is None else [(beside, f"beside the preset ({beside})")]
     folders.append((Path.cwd(), f"the current folder ({Path.cwd()})"))
-    folders += [(folder, f"{FOLDERS_VARIABLE} ({folder})") for folder in model_folders()]
+    for folder in model_folders():
+        absent = "" if folder.is_dir() else ", which does not exist"
+        folders.append((folder, f"{FOLDERS_VARIABLE} ({folder}{absent})"))
     for folder, _ in folders:
         if (folder / wanted).is_file():
             return folder / wanted, []

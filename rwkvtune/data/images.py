@@ -113,11 +113,23 @@ def read_picture(file: Any, name: str) -> Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about damaged EXIF data and palettes
             with Image.open(file) as picture:
-                return ImageOps.exif_transpose(picture).convert("RGB")
+                return as_rgb(ImageOps.exif_transpose(picture))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or str(error).replace(repr(file), "").strip()
         reason = reason or type(error).__name__
         raise PictureError(f"{name}: no readable picture ({reason})") from error
+
+
+def as_rgb(picture: Image) -> Image:
+    """In RGB. Of 16-bit grey the upper 8 bits, as PIL itself takes them of 16-bit colours; its own
+    conversion of grey makes all but the darkest 255 of 65,536 values white."""
+    from PIL import Image
+
+    is_deep = picture.mode.startswith("I;16")
+    if is_deep or (picture.mode == "I" and picture.getextrema()[1] > 255):  # type: ignore[operator]
+        values = np.asarray(picture).clip(0, 65535).astype(np.uint16)
+        picture = Image.fromarray((values >> 8).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 @dataclass(frozen=True)

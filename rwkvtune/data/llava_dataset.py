@@ -22,6 +22,7 @@ from rwkvtune.data.llava_manifest import (
     Record,
     check_records,
     frames_of,
+    from_the_user_on,
     num_words,
     pictures_of,
     read_manifest,
@@ -207,27 +208,28 @@ class Template:
         """(ids, labels); -200 stands for each <image>, -100 is not learned."""
         if self.version == "plain":
             return self._plain(turns)
-        turns = list(turns)
         system = SYSTEM_LINES[self.version]
-        if turns[0][0] != "user":  # as LLaVA: its own system line, and the user begins
-            turns = turns[1:]
         ids: list[int] = []
         labels: list[int] = []
-        for role, text in [("system", system), *turns]:
-            header = [self.start, *self._ids(f"{role}\n")]
-            content = [*self._ids(text), self.end]
-            ids += [*header, *content, *self.newline]
-            if self.label_mode == "assistant_only":
-                learned = content if role == "assistant" else [IGNORE_INDEX] * len(content)
-                labels += [IGNORE_INDEX] * len(header) + learned
-                labels += [IGNORE_INDEX] * len(self.newline)
-            else:
-                turn = [*header, *content, *self.newline]
-                labels += [
-                    i if role == "assistant" or i in self.always_labelled else IGNORE_INDEX
-                    for i in turn
-                ]
+        for role, text in [("system", system), *from_the_user_on(list(turns))]:
+            turn = [*self._opened(role, text), self.end, *self.newline]
+            ids += turn
+            labels += self._labels(role, turn)
         return ids, [IGNORE_INDEX if i == IMAGE_TOKEN_INDEX else i for i in labels]
+
+    def _labels(self, role: str, turn: list[int]) -> list[int]:
+        if self.label_mode == "llava":
+            return [
+                i if role == "assistant" or i in self.always_labelled else IGNORE_INDEX
+                for i in turn
+            ]
+        if role != "assistant":
+            return [IGNORE_INDEX] * len(turn)
+        header = self._opened(role, "")
+        if turn[: len(header)] != header:  # its newline has become one token with the text's
+            header.pop()
+        first, last = len(header), len(turn) - len(self.newline)
+        return [IGNORE_INDEX] * first + turn[first:last] + [IGNORE_INDEX] * len(self.newline)
 
     def prompt(self, text: str) -> list[int]:
         """Ids of a question, up to where the assistant begins."""
@@ -236,13 +238,18 @@ class Template:
         turns = (("system", SYSTEM_LINES[self.version]), ("user", text))
         ids: list[int] = []
         for role, content in turns:
-            ids += [self.start, *self._ids(f"{role}\n"), *self._ids(content), self.end]
-            ids += self.newline
-        return [*ids, self.start, *self._ids("assistant\n")]
+            ids += [*self._opened(role, content), self.end, *self.newline]
+        return [*ids, *self._opened("assistant", "")]
+
+    def _opened(self, role: str, text: str) -> list[int]:
+        """A turn without its end. Role and text are one piece for the tokenizer, as in LLaVA:
+        newlines at the beginning of a text are one token with that behind the role."""
+        return [self.start, *self._ids(f"{role}\n{text}")]
 
     def _plain(self, turns: Sequence[tuple[str, str]]) -> tuple[list[int], list[int]]:
         """The image and its caption; only the caption is learned."""
-        caption = self._ids(next(text for role, text in turns if role == "assistant") + "\n")
+        answer = next(text for role, text in turns if role == "assistant")
+        caption = self._ids(answer.replace(IMAGE_TOKEN, "") + "\n")
         images = sum(text.count(IMAGE_TOKEN) for _, text in turns)
         ids = [IMAGE_TOKEN_INDEX] * images + caption
         return ids, [IGNORE_INDEX] * images + caption
@@ -297,17 +304,24 @@ class LlavaCollator:
             batch["modalities"] = [kind for _, _, kind in entries]
         return batch
 
-    def visual_tokens(self, batch: dict[str, Any]) -> int:
-        """How many tokens the images of a batch become, before any cut to the longest length."""
-        total = 0
-        for views, size, kind in zip(
+    def widths(self, batch: dict[str, Any]) -> Tensor:
+        """How many positions each id of a batch takes in the decoder, [B, T]: an image its tokens,
+        padding none, and nothing what lies beyond the longest length once the images are in."""
+        entries = zip(
             batch.get("images", ()),
             batch.get("image_sizes", ()),
             batch.get("modalities", ()),
             strict=True,
-        ):
-            if kind == "video":
-                total += self.processor.video_tokens(len(views))
-            elif kind == "image":
-                total += self.processor.image_tokens(size, alone=len(views) > 1)
-        return total
+        )
+        lengths = [
+            self.processor.video_tokens(len(views))
+            if kind == "video"
+            else self.processor.image_tokens(size, alone=len(views) > 1)
+            for views, size, kind in entries
+            if kind != "text"
+        ]
+        ids: Tensor = batch["input_ids"]
+        widths: Tensor = batch["attention_mask"].clone()
+        widths[ids == IMAGE_TOKEN_INDEX] = torch.tensor(lengths, dtype=widths.dtype).to(ids.device)
+        ends = widths.cumsum(1).clamp(max=self.tokenizer.model_max_length)
+        return ends.diff(dim=1, prepend=ends.new_zeros(len(ends), 1))

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rwkvtune.data.images import as_rgb
 from rwkvtune.errors import MissingFileError, UserError
 
 if TYPE_CHECKING:
@@ -187,8 +188,7 @@ def open_picture(path: Path) -> Image:
 
     try:
         with PIL.Image.open(path) as image:
-            picture: Image = image.convert("RGB")
-            return picture
+            return as_rgb(image)
     except FileNotFoundError as error:
         raise MissingFileError(f"there is no picture {path}") from error
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:

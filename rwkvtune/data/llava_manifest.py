@@ -8,6 +8,7 @@ each picture, or one for a video; a text sample has neither.
 from __future__ import annotations
 
 import math
+import os
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -148,6 +149,11 @@ def turns_of(record: Record) -> list[tuple[str, str]]:
     return turns
 
 
+def from_the_user_on(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Turns without a first one that is not the user's, which LLaVA leaves out."""
+    return turns if turns[0][0] == "user" else turns[1:]
+
+
 def pictures_of(record: Record, folder: Path) -> list[Path]:
     """Files of a sample's images, in order."""
     return [inside(folder, name) for name in picture_names(record)]
@@ -195,7 +201,8 @@ def check_records(manifest: Manifest, folder_of: Callable[[int, Record], Path]) 
 
 def _problem(record: Record, folder: Path) -> str | None:
     try:
-        turns = turns_of(record)
+        turns = from_the_user_on(turns_of(record))
+        "".join(text for _, text in turns).encode()  # half a surrogate pair cannot be
         pictures = pictures_of(record, folder)
         frames = frames_of(record, folder)
     except (ValueError, TypeError) as error:
@@ -210,9 +217,9 @@ def _problem(record: Record, folder: Path) -> str | None:
         kind = "videos" if frames else "images"
         return f"{wanted} {kind} for {places} {IMAGE_TOKEN} in its text"
     if not any(role == "assistant" for role, _ in turns):
-        return "no turn is the assistant's (gpt), so there is nothing to learn"
+        return "no turn of the assistant (gpt) follows the user's, so there is nothing to learn"
     for path in [*pictures, *frames]:
-        if not path.exists():
+        if not os.path.isfile(path):  # unlike Path's, never raises
             return f"there is no picture {path}"
     return None
 

@@ -232,6 +232,8 @@ class JsonlToBinIdxConverter:
         val_share: float = 0.0,
     ) -> Built:
         """The same, with a share of the documents in PREFIX_val.bin and .idx instead."""
+        if not (whole_number(n_epochs) or 0) >= 1:
+            raise UserError(f"n_epochs={n_epochs!r} must be a whole number from 1 up")
         path = Path(jsonl_path)
         if path.is_dir():
             raise UserError(f"{path} is a folder. Give a file of lines {_LINE}")
@@ -246,7 +248,7 @@ class JsonlToBinIdxConverter:
             self.tokenizer,
             val_share=val_share,
             seed=seed,
-            n_epoch=n_epochs,
+            n_epoch=int(n_epochs),
             # Further processes would start the user's script again, which may have no main guard.
             workers=1,
         )

@@ -433,11 +433,13 @@ def json_value(line: bytes | str, where: str) -> Any:
     """What one line of JSON holds; UserError names the place."""
     if isinstance(line, bytes):
         line = _decoded(line, where)
+    line = line.strip()  # of Unicode's blanks too, as make_data does; JSON knows only four
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
+        reason = error.msg.removesuffix(" at")  # some of its messages end so
         raise UserError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}): {line[:60]!r}."
+            f"{where}: not JSON ({reason} at column {error.colno}): {line[:60]!r}."
         ) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; depth
         raise UserError(f"{where}: cannot be read as JSON ({error}): {line[:60]!r}.") from None

@@ -212,7 +212,7 @@ def _with_all_tags(turns: list[tuple[str, str]], pictures: int) -> list[tuple[st
         if first is None:
             raise UserError("a picture needs a turn of the user to stand in")
         who, text = turns[first]
-        turns = [*turns[:first], (who, f"{IMAGE_TAG}\n" * lacking + text), *turns[first + 1 :]]
+        turns = [*turns[:first], (who, IMAGE_TAG * lacking + text), *turns[first + 1 :]]
     return turns
 
 
@@ -355,8 +355,8 @@ class VisualDataset:
         if not kept:
             nothing = np.zeros(LENGTH_MULTIPLE, dtype=np.int64)
             kept = [Sample(nothing, np.full_like(nothing, IGNORED_TARGET), nothing.astype(bool))]
-        if self.features_of is not None:
-            features = torch.stack([torch.as_tensor(a) for a in arrays]) if arrays else None
+        if arrays and self.features_of is not None:
+            features = torch.stack([torch.as_tensor(a) for a in arrays])
             return self._collated(kept, None, features)
         height, width = self.preprocessing.shape
         empty = np.zeros((0, 3, height, width), dtype=np.uint8)

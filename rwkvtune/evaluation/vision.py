@@ -209,6 +209,7 @@ def greedy(
     """What is written after each of several prompts of one length."""
     tokenizer, llm = system.tokenizer, system.model.llm
     ends = torch.tensor([0, *tokenizer.encode(TURN_END)], device=system.device)
+    banned = torch.tensor(system.banned_ids, dtype=torch.long, device=system.device)
     state = read_prompt(system, samples, features, None)
     ids = torch.tensor([[int(sample.ids[-1])] for sample in samples], device=system.device)
     written: list[list[int]] = [[] for _ in samples]
@@ -216,7 +217,7 @@ def greedy(
     with evaluating(llm):
         for _ in range(max_tokens):
             logits, state = llm(ids, state)
-            ids = logits[:, -1:, : tokenizer.vocab_size].argmax(dim=-1)
+            ids = logits[:, -1:].index_fill(-1, banned, -math.inf).argmax(dim=-1)
             is_over |= torch.isin(ids[:, 0], ends)
             if is_over.all():
                 break

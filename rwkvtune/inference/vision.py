@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,12 @@ from torch import Tensor
 
 from rwkvtune.checkpoint import load_weights
 from rwkvtune.data.images import Preprocessing
-from rwkvtune.data.tokenizers import Tokenizer, find_tokenizer, load_tokenizer
+from rwkvtune.data.tokenizers import END_OF_DOCUMENT, Tokenizer, find_tokenizer, load_tokenizer
 from rwkvtune.data.visual import TURN_END, Assembly, Sample, collate
 from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.inference.generate import evaluating, generate
 from rwkvtune.inference.load import prepare_matrices
+from rwkvtune.inference.tokenizer import without_text
 from rwkvtune.models import build_model, config_from_state_dict, fill_model
 from rwkvtune.models.frame import LanguageModel
 from rwkvtune.models.vision.config import (
@@ -105,6 +107,8 @@ def read_adapter(path: Path, *, encoder_width: int | None = None) -> SavedAdapte
         )
     tensors = {name: weights[old] for name, old in names.items()}
     about = read_about(path)
+    if "adapter" not in about and _has_idle_norm(tensors):
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("pre_norm.")}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if "adapter" in about:
         config = AdapterConfig(**about["adapter"])
@@ -123,8 +127,20 @@ def read_adapter(path: Path, *, encoder_width: int | None = None) -> SavedAdapte
     return SavedAdapter(path, config, tensors, trained, about)
 
 
+def _has_idle_norm(tensors: Mapping[str, Tensor]) -> bool:
+    """True for the projector of the later WorldRWKV's `auto_siglip2`, which has a norm beside its
+    convolution and leaves it out of its forward: no training has moved it from where it began."""
+    weight, bias = tensors.get("pre_norm.weight"), tensors.get("pre_norm.bias")
+    if "conv.weight" not in tensors or weight is None or bias is None:
+        return False
+    return bool((weight == 1).all() and (bias == 0).all())
+
+
 def _encoder_name(name: str) -> str:
-    return name.removeprefix("encoder.").removeprefix("modality.world_encoder.model.")
+    for prefix in ("modality.world_encoder.model.", "encoder.model.", "encoder."):
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -209,6 +225,12 @@ class VisionSystem:
     def device(self) -> torch.device:
         return self.model.llm.emb.weight.device
 
+    @cached_property
+    def banned_ids(self) -> list[int]:
+        """Ids that no answer has: they stand for no text, and are not the end of one."""
+        banned = set(without_text(self.tokenizer, self.model.llm.config.vocab_size))
+        return sorted(banned - {END_OF_DOCUMENT})
+
     def features(self, pictures: Sequence[Image]) -> Tensor:
         """What the encoder makes of pictures: [N, n, E]."""
         pixels = np.stack([self.preprocessing.pixels(picture) for picture in pictures])
@@ -245,7 +267,7 @@ def load_vision(
     check_widths(saved, encoder)
     notes = other_encoder(saved, encoder)
     if saved.encoder_weights:
-        take_weights(encoder, saved.encoder_weights)
+        take_weights(encoder, saved.encoder_weights, str(saved.path))
     llm = load_language_model(Path(base), dtype=dtype)
     if llm.config.n_embd != saved.config.n_embd:
         raise UserError(
@@ -339,13 +361,11 @@ class VisionChat:
         features = system.features(pictures) if pictures else None
         last = int(sample.ids[-1])
         state = read_prompt(system, [sample], features, self.state)
-        ends = {0, *tokenizer.encode(TURN_END)}
-        unused = {i for i in tokenizer.unused_ids if i < llm.config.vocab_size}
-        banned = {*unused, *range(tokenizer.vocab_size, llm.config.vocab_size)} - {0}
+        ends = {END_OF_DOCUMENT, *tokenizer.encode(TURN_END)}
         said = []
         for id in generate(
-            llm, [last], max_tokens=max_tokens, stop_ids=ends, banned_ids=banned, state=state,
-            **sampling,
+            llm, [last], max_tokens=max_tokens, stop_ids=ends, banned_ids=system.banned_ids,
+            state=state, **sampling,
         ):  # fmt: skip
             said.append(id)
             yield id

@@ -71,6 +71,8 @@ def read_config(work_dir: Path) -> dict[str, Any]:
     """What write_config has stored, but the tokenizer as tokenizer_facts; empty when there is
     none."""
     path = work_dir / CONFIG_FILE
+    if work_dir.is_file():
+        raise UserError(f"work_dir={work_dir} is a file: give a folder, existing or new")
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:

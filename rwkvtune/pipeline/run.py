@@ -185,7 +185,7 @@ class RWKVTrainingPipeline:
                     jsonl_path,
                     folder,
                     data_name,
-                    n_epochs or self.data_config.n_epochs_duplication,
+                    self.data_config.n_epochs_duplication if n_epochs is None else n_epochs,
                     self.model_config.ctx_len,
                     val_share=self.data_config.val_share,
                     random_seed=self.seed,
@@ -256,9 +256,7 @@ class RWKVTrainingPipeline:
         random_seed: of initial values and orders; -1 = the pipeline's, 42 at first.
         Ctrl-C saves and then raises KeyboardInterrupt.
         """
-        if isinstance(num_epochs, bool) or (whole_number(num_epochs) or 0) < 1:
-            raise UserError(f"num_epochs={num_epochs!r} must be a whole number from 1 up")
-        num_epochs = int(num_epochs)  # of numpy's numbers too
+        num_epochs = _checked_epochs(num_epochs)
         if continue_training and not (self._has_run() or self.model_initialized):
             raise UserError(
                 f"{self.output_dir} holds no run to go on with: leave continue_training out, or "
@@ -276,8 +274,9 @@ class RWKVTrainingPipeline:
             self._set_seed(random_seed)
             if data is not None:
                 self.prepare_data(data)
-            self._need_data()
-            run_training(self._train_config(num_epochs))
+            config = self._train_config(num_epochs)
+            self._check_initial_weights()
+            run_training(config)
         except UserError:
             if settings_of_run:  # settings that it does not go on with are not kept
                 self.seed = seed
@@ -300,6 +299,7 @@ class RWKVTrainingPipeline:
         A tokenizer of fewer ids than the checkpoint has rows leaves rows unused; UserError for one
         of more, for dimensions that differ, and where out/ holds a run.
         """
+        num_epochs = _checked_epochs(num_epochs)
         self._need_data()
         if self._has_run():
             raise UserError(
@@ -366,6 +366,8 @@ class RWKVTrainingPipeline:
         """
         from rwkvtune.inference.generate import generate
 
+        if (number := whole_number(length)) is None or number < 0:
+            raise UserError(f"length={length!r} must be a whole number from 0 up")
         of_values = getattr(self.tokenizer, "encode_sequence", None)
         is_text = isinstance(prompt, str) or of_values is None
         if is_text:
@@ -381,7 +383,7 @@ class RWKVTrainingPipeline:
                 model,
                 # Sequences begin after the end of another one.
                 [END_OF_DOCUMENT, *ids],
-                max_tokens=length,
+                max_tokens=number,
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
@@ -530,6 +532,21 @@ class RWKVTrainingPipeline:
         if needed < rows:
             print(f"the tokenizer has {needed} ids, the checkpoint {rows} rows: the rest is unused")
 
+    def _check_initial_weights(self) -> None:
+        """UserError for those of another model, where training is to begin from them."""
+        path = self.output_dir / "rwkv-init.pth"
+        if self._has_run() or not path.exists():
+            return
+        _, differing = validate_checkpoint_compatibility(
+            detect(path), dataclasses.asdict(self.model_config)
+        )
+        if differing:
+            raise UserError(
+                f"{path} holds the initial values of another model: {'; '.join(differing)}. "
+                "initialize_model(force=True) writes those of this one; else give a model_config "
+                "that fits them"
+            )
+
     def _has_run(self) -> bool:
         """Whether training has begun in out/."""
         names = ("rwkv-final.pth", "resume/*")
@@ -551,7 +568,16 @@ class RWKVTrainingPipeline:
     def _train_config(self, num_epochs: int, *, init_only: bool = False) -> TrainConfig:
         """Everything that the trainer is to be told."""
         dataset = self._need_data()
-        self.model_config = _with_rows_for(self.tokenizer, checked(ModelConfig, self.model_config))
+        if (now := len(BinIdx(dataset.prefix))) != dataset.total_tokens:
+            raise UserError(
+                f"{dataset.prefix}.bin has {now} tokens, and had {dataset.total_tokens} when it "
+                "was taken up: take it up again with use_existing_data, or prepare the data again"
+            )
+        self.model_config = _with_rows_for(
+            self.tokenizer,
+            checked(ModelConfig, self.model_config),
+            before=self.tokenizer.vocab_size,
+        )
         self.training_config = checked(TrainingConfig, self.training_config)
         self._save_config()
         flat: dict[str, Any] = {
@@ -603,9 +629,12 @@ def _with_rows_for(tokenizer: Tokenizer, model: ModelConfig, *, before: int = 0)
     """The model with at least a row for each id; UserError for a size of the user's own that is too
     small.
 
-    before: the size of the tokenizer that was there before.
+    before: the size of the tokenizer that was there before. Where it is the same, rows that are
+    enough stay: they may be those of a checkpoint.
     """
     needed = tokenizer.vocab_size
+    if before == needed <= model.vocab_size:
+        return model
     is_own = model.vocab_size not in (ModelConfig.vocab_size, before)
     if is_own and model.vocab_size < needed:
         raise UserError(
@@ -613,6 +642,13 @@ def _with_rows_for(tokenizer: Tokenizer, model: ModelConfig, *, before: int = 0)
             f"tokenizer {tokenizer.name}: leave it out, or give {needed} or more"
         )
     return dataclasses.replace(model, vocab_size=model.vocab_size if is_own else needed)
+
+
+def _checked_epochs(num_epochs: Any) -> int:
+    """As a plain int, of numpy's numbers too."""
+    if isinstance(num_epochs, bool) or (whole_number(num_epochs) or 0) < 1:
+        raise UserError(f"num_epochs={num_epochs!r} must be a whole number from 1 up")
+    return int(num_epochs)
 
 
 def _free_name(folder: Path) -> Path:

@@ -19,6 +19,16 @@ from rwkvtune.training.config import TrainConfig
 
 MOST_FROM_NEXT_PASS = 0.02
 
+PUBLISHED_WORDS = {
+    "proj_dir": "work_dir",
+    "epoch_count": "num_epochs",
+    "epoch_steps": "steps of an epoch",
+    "global_bsz": "windows per step",
+    "head_size": "head_size_a",
+    "flag": "asked for",
+}
+"""What the trainer calls by another name than the pipeline."""
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -89,18 +99,22 @@ def in_even_batches(config: TrainConfig, num_tokens: int) -> TrainConfig:
 
 def run_training(config: TrainConfig) -> None:
     """Run the trainer: here for one device, in processes of their own for several, which end with
-    the training."""
+    the training. What it says against the settings comes in the pipeline's words."""
     from rwkvtune.training.fabric import processes_asked_for
 
     if config.output.init_only:  # the same for any number of devices
         one = dataclasses.replace(config.device, devices=1, num_nodes=1)
         config = dataclasses.replace(config, device=one)
-    if processes_asked_for(config.device) > 1:
-        exit_code = _in_processes(config)
-    else:
-        from rwkvtune.training.lm import train_language_model
+    try:
+        if processes_asked_for(config.device) > 1:
+            exit_code = _in_processes(config)
+        else:
+            from rwkvtune.training.lm import train_language_model
 
-        exit_code = train_language_model(config).exit_code
+            exit_code = train_language_model(config).exit_code
+    except UserError as error:
+        error.args = (in_published_words(str(error)),)
+        raise
     if exit_code in (130, -signal.SIGINT):  # the second where Python itself was still starting
         has_state = next(Path(config.output.proj_dir).glob("resume/*"), None) is not None
         raise KeyboardInterrupt(
@@ -112,6 +126,16 @@ def run_training(config: TrainConfig) -> None:
         raise SystemExit(exit_code)
     if exit_code:
         raise RuntimeError(f"the training failed, exit code {exit_code}: what it printed says why")
+
+
+def in_published_words(message: str) -> str:
+    """A message of the trainer with flags as fields, and the pipeline's names; parts of paths stay
+    as they are."""
+    message = re.sub(r"(?<!\S)--(?=[a-z_]+\b)", "", message)
+    names = "|".join(PUBLISHED_WORDS)
+    return re.sub(
+        rf"(?<![\w./-])({names})(?![\w/-]|\.\w)", lambda name: PUBLISHED_WORDS[name[1]], message
+    )
 
 
 def _in_processes(config: TrainConfig) -> int:

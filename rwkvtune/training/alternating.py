@@ -23,7 +23,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.utils import logging
 
-from rwkvtune.adapters.alternating import add_lora, merged, save_lora
+from rwkvtune.adapters.alternating import Adapted, adapt
 from rwkvtune.checkpoint import load_weights, save_weights
 from rwkvtune.data.llava_dataset import (
     IGNORE_INDEX,
@@ -159,10 +159,15 @@ class AlternatingTrainer(Trainer):
     """transformers' Trainer with our groups, order of samples, and checkpoints."""
 
     def __init__(
-        self, settings: AlternatingSettings, naming: Naming, meter: Throughput, **kwargs: Any
+        self,
+        settings: AlternatingSettings,
+        naming: Naming,
+        meter: Throughput,
+        say: Say,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.settings, self.naming, self.meter = settings, naming, meter
+        self.settings, self.naming, self.meter, self.say = settings, naming, meter, say
         self._staging: Path | None = None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedSampler:
@@ -192,14 +197,12 @@ class AlternatingTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> Tensor:
-        keep = inputs["attention_mask"]
-        places = int((inputs["input_ids"] == IMAGE_TOKEN_INDEX).sum())
         collator: Any = self.data_collator
-        visual = collator.visual_tokens(inputs)
+        widths = collator.widths(inputs)
         self.meter.add(
-            samples=len(keep),
-            tokens=int(keep.sum()) - places + visual,
-            visual_tokens=visual,
+            samples=len(widths),
+            tokens=int(widths.sum()),
+            visual_tokens=int(widths[inputs["input_ids"] == IMAGE_TOKEN_INDEX].sum()),
         )
         loss: Tensor = super().training_step(model, inputs, *args)
         if not torch.isfinite(loss):
@@ -208,10 +211,29 @@ class AlternatingTrainer(Trainer):
                 f"step {self.state.global_step + 1}: the loss is {float(loss)}, so the optimizer "
                 "was not moved"
                 + (f"; the newest checkpoint, {saved[0]}, is good" if saved else "")
-                + ". A lower learning_rate may help; samples whose answers lie beyond "
-                f"model_max_length={self.settings.data.model_max_length} have nothing to learn"
+                + ". A lower learning_rate may help"
             )
         return loss
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> Any:
+        """What the loss of a step is divided by: the labels that are left once the images are in
+        and the rows cut. transformers would count those of the batch as it was given."""
+        collator: Any = self.data_collator
+        left = []
+        for batch in batch_samples:
+            labels = batch["labels"].masked_fill(collator.widths(batch) == 0, IGNORE_INDEX)
+            labels[:, 0] = IGNORE_INDEX  # nothing predicts it
+            left.append({"labels": labels})
+        count: Any = super()._get_num_items_in_batch(left, device)
+        if count is not None and not count.any():
+            self.say(
+                f"step {self.state.global_step + 1}: no answer lies within "
+                f"model_max_length={self.settings.data.model_max_length}: nothing is learned"
+            )
+            return torch.ones_like(count)
+        return count
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)
@@ -248,7 +270,7 @@ class AlternatingTrainer(Trainer):
         model: Any = self.accelerator.unwrap_model(self.model)
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        if self.settings.tune.lora_enable:
+        if self.settings.adapter:
             weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
             save_weights(folder / TRAINABLE_FILE, weights)
         else:
@@ -276,7 +298,7 @@ class AlternatingTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         target: Any = self.accelerator.unwrap_model(self.model if model is None else model)
         folder = Path(resume_from_checkpoint)
-        if not self.settings.tune.lora_enable:
+        if not self.settings.adapter:
             fill(target, Checkpoint.open(folder))
             return
         parameters = dict(target.named_parameters())
@@ -347,10 +369,12 @@ def train(
         "schedule": schedule_in_words(model),
         "samples": len(module["train_dataset"]),
     }
-    model, parts = prepare(model, settings)
-    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in model.parameters())
-    say(f"learning: {', '.join(parts)}: {learning:,} of {every:,} parameters")
+    model, parts, adapted = prepare(model, settings, str(tokenizer_from))
+    if adapted and adapted.quantized:
+        say(adapted.quantized.in_words())
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"learning: {', '.join(parts)}: {learning:,} parameters; the model has {every:,}")
     arguments = _training_arguments(settings)
     is_first = arguments.process_index == 0
     with RunFolderLock(folder) if is_first else nullcontext(), StopRequest() as stop:
@@ -371,6 +395,7 @@ def train(
             settings,
             naming,
             meter,
+            say,
             model=model,
             args=arguments,
             processing_class=tokenizer,
@@ -390,14 +415,21 @@ def train(
             say(f"stopped after step {steps}; the same command goes on from there")
             return Outcome(steps, loss, stopped)
         if is_first:
-            plain = trainer.accelerator.unwrap_model(model)
-            _write_final(plain, folder, settings, parts, naming, tokenizer_from)
+            if adapted:
+                adapted.save(folder / "adapter")
+                model = adapted.merged()
+            if parts == ["mm_mlp_adapter"]:
+                save_adapter(model, folder / PROJECTOR_FILE)
+            export(model, folder, naming, tokenizer_from=tokenizer_from)
             say(f"wrote the model to {folder}")
         return Outcome(steps, loss, None)
 
 
-def prepare(model: Any, settings: AlternatingSettings) -> tuple[Any, list[str]]:
-    """(the model with what the settings start it from and add to it, the parts that learn)."""
+def prepare(
+    model: Any, settings: AlternatingSettings, path: str
+) -> tuple[Any, list[str], Adapted | None]:
+    """(the model with what the settings start it from and add to it, the parts that learn, the
+    adapters if there are any). path: where it lies."""
     tune = settings.tune
     if settings.trainer.fp16 and (settings.trainer.use_cpu or not torch.cuda.is_available()):
         raise UserError("fp16 computes on a GPU only: leave it out, or take --bf16")
@@ -405,15 +437,10 @@ def prepare(model: Any, settings: AlternatingSettings) -> tuple[Any, list[str]]:
     parts = choose_trainable(model, tune)
     if settings.model.pretrain_mm_mlp_adapter:
         load_adapter(model, settings.model.pretrain_mm_mlp_adapter)
-    if tune.lora_enable:
-        model = add_lora(
-            model,
-            r=tune.lora_r,
-            alpha=tune.lora_alpha,
-            dropout=tune.lora_dropout,
-            bias=tune.lora_bias,
-        )
-    return model, parts
+    if settings.adapter is None:
+        return model, parts, None
+    adapted = adapt(model, settings.adapter, path, dropout=tune.lora_dropout, bias=tune.lora_bias)
+    return adapted.model, parts, adapted
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -439,22 +466,6 @@ def mean_loss(history: Sequence[dict[str, Any]]) -> float:
             total += float(entry["loss"]) * (entry["step"] - before)
             before = entry["step"]
     return total / before if before else math.nan
-
-
-def _write_final(
-    model: Any,
-    folder: Path,
-    settings: AlternatingSettings,
-    parts: Sequence[str],
-    naming: Naming,
-    tokenizer_from: Path,
-) -> None:
-    if settings.tune.lora_enable:
-        save_lora(model, folder / "adapter", str(tokenizer_from))
-        model = merged(model)
-    if list(parts) == ["mm_mlp_adapter"]:
-        save_adapter(model, folder / PROJECTOR_FILE)
-    export(model, folder, naming, tokenizer_from=tokenizer_from)
 
 
 def _over_ranks(trainer: Trainer, counts: list[float]) -> list[float]:
@@ -513,9 +524,13 @@ def _training_arguments(settings: AlternatingSettings) -> TrainingArguments:
         ) from error
 
 
-def one_step(model: Any, batch: dict[str, Any], settings: AlternatingSettings) -> dict[str, float]:
-    """Forward, backward and one optimizer step on a batch: loss, gradient norm, seconds."""
-    model, _ = prepare(model, settings)
+def one_step(
+    model: Any, batch: dict[str, Any], settings: AlternatingSettings, path: str
+) -> dict[str, float]:
+    """Forward, backward and one optimizer step on a batch: loss, gradient norm, seconds.
+
+    path: where the model lies."""
+    model = prepare(model, settings, path)[0]
     model.train()
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=settings.tune.learning_rate)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rwkvtune.adapters.settings import AdapterSettings
 from rwkvtune.models.alternating.variants import Variant
 
 
@@ -158,11 +159,14 @@ class TuneOptions:
     mm_vision_tower_lr: float | None = None
     """That of the vision tower; unset = learning_rate."""
     lora_enable: bool = False
-    """Train low-rank adapters in the place of the language model's matrices."""
+    """Train low-rank adapters in the place of the language model's matrices: LLaVA's name for
+    --peft lora."""
+    peft: Literal["none", "lora", "rslora", "dora", "miss"] = "none"
+    """Kind of the adapters; none = lora with --lora_enable, else no adapters."""
     lora_r: int = 64
     """Rank."""
     lora_alpha: int = 16
-    """Their scale is alpha / r."""
+    """Their scale is alpha / r, rslora: alpha / sqrt(r)."""
     lora_dropout: float = 0.05
     """Dropout before them."""
     lora_bias: Literal["none", "all", "lora_only"] = "none"
@@ -205,7 +209,11 @@ class TrainerOptions:
     tf32: bool | None = None
     """TF32 products, on a GPU."""
     bits: Literal[4, 8, 16] = 16
-    """16 only: weights in 4 or 8 bits are refused here."""
+    """4 or 8: pack the language model's matrices, which do not learn, under adapters."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The values that 4 bits stand for."""
+    double_quant: bool = True
+    """Accepted; the scales of packed matrices stay fp32."""
     gradient_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, more time."""
     group_by_length: bool = False
@@ -300,8 +308,11 @@ class AlternatingSettings:
                 f"attn_implementation={m.attn_implementation} cannot follow the masks: choose "
                 "split, sdpa or eager"
             )
-        if t.bits != 16:
-            found.append(f"bits={t.bits}: weights are trained in 16 or 32 bits here; leave it out")
+        if t.bits != 16 and self.adapter is None:
+            found.append(
+                f"bits={t.bits}: packed matrices cannot learn; add --lora_enable (or --peft KIND), "
+                "or leave bits out"
+            )
         if t.bf16 and t.fp16:
             found.append("bf16 and fp16 are two precisions: give one")
         if m.mm_projector_type not in (None, "mlp2x_gelu"):
@@ -322,6 +333,11 @@ class AlternatingSettings:
         reasons = {name: reason for name, reason in _ACCEPTED.items() if now[name] != default[name]}
         if self.model.alt_checkpoint and self.model.model_name_or_path:
             reasons["model_name_or_path"] = "alt_checkpoint is preferred"
+        tune, trainer = self.tune, self.trainer
+        if tune.peft == "miss" and tune.lora_alpha != default["lora_alpha"]:
+            reasons["lora_alpha"] = "peft=miss has no such scale"
+        if trainer.quant_type != default["quant_type"] and trainer.bits != 4:
+            reasons["quant_type"] = f"bits is {trainer.bits}"
         if self.model.alt_checkpoint and self.task.init_from_backbone:
             reasons["init_from_backbone"] = "alt_checkpoint already is an alternating model"
         lines = [f"{name}={now[name]!r} does nothing: {why}" for name, why in reasons.items()]
@@ -334,6 +350,20 @@ class AlternatingSettings:
         """What a run that goes on has to be told again; folders and files by their last names."""
         values = {n: v for n, v in self.to_flat().items() if n not in _MAY_CHANGE_AT_RESUME}
         return values | {name: Path(values[name]).name for name in _PATHS}
+
+    @property
+    def adapter(self) -> AdapterSettings | None:
+        """None where whole matrices learn."""
+        tune, trainer = self.tune, self.trainer
+        if tune.peft == "none" and not tune.lora_enable:
+            return None
+        kind = "lora" if tune.peft == "none" else tune.peft
+        return AdapterSettings(
+            kind,
+            r=tune.lora_r,
+            alpha=None if kind == "miss" else tune.lora_alpha,
+            quant={4: trainer.quant_type, 8: "int8", 16: "none"}[trainer.bits],
+        )
 
     @property
     def groupings(self) -> list[str]:
@@ -393,6 +423,7 @@ _ACCEPTED = {
     "lazy_preprocess": "images are always read when their sample is needed",
     "early_mix_text": "samples without images are mixed in by themselves",
     "remove_unused_columns": "samples are never stripped",
+    "double_quant": "the scales of packed matrices stay fp32",
     "delay_load": "the vision tower is loaded with the rest",
     "per_device_eval_batch_size": "nothing is evaluated during training",
     "do_train": "it trains unless a flag says to inspect",

@@ -149,7 +149,7 @@ def train(
         if fabric.is_global_zero:
             print(
                 f"{config.output.proj_dir}: this run is finished, at step {progress.step} "
-                f"({total_steps} asked for); a larger exit_tokens or epoch_count goes on from here"
+                f"({total_steps} asked for); it goes on when more epochs or tokens are asked for"
             )
             draw_if_outdated(Path(config.output.proj_dir))
         return RunResult(0, progress.step, progress.seconds, progress.tokens, {})

@@ -308,7 +308,7 @@ def _from_file(
     wrong = _disagreements(flags, config, "file")
     if wrong:
         raise UserError(
-            f"the model flags disagree with {path}: {'; '.join(wrong)}. Leave these flags out: "
+            f"the model settings disagree with {path}: {'; '.join(wrong)}. Leave these out: "
             "dimensions are read from the weights (or, with load_model, resize them by "
             "--interpolate true)"
         )

@@ -268,10 +268,11 @@ def train_vision(
     fabric = _fabric(config, said)
     if fabric.device.type == "cpu":
         keep_freed_memory()
-    num_bytes = sum(map(os.path.getsize, data_files(Path(config.data_file))))
+    files = data_files(Path(config.data_file))
+    num_bytes = sum(map(os.path.getsize, files))
     if fabric.is_global_zero and num_bytes > LONG_LOOK_BYTES:
         print(f"looking at all records of {config.data_file} first, some minutes", flush=True)
-    job = prepare(config, planned_world_size(fabric), said)
+    job = prepare(config, files, planned_world_size(fabric), said)
     if job.progress.step >= job.plan.total_steps:
         if fabric.is_global_zero:
             print(

@@ -68,8 +68,13 @@ class VisionJob:
     notes: list[str]
 
 
-def prepare(config: VisionConfig, world_size: int, notes: list[str]) -> VisionJob:
-    """Look at all that the run needs, and raise UserError for what is wrong; writes nothing."""
+def prepare(
+    config: VisionConfig, files: tuple[Path, ...], world_size: int, notes: list[str]
+) -> VisionJob:
+    """Look at all that the run needs, and raise UserError for what is wrong; writes nothing.
+
+    files: of the training data, as `data_files` lists them.
+    """
     folder = Path(config.proj_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"proj_dir={folder} is a file; give a folder, existing or new")
@@ -79,15 +84,16 @@ def prepare(config: VisionConfig, world_size: int, notes: list[str]) -> VisionJo
     if llm.version != "x070":
         raise UserError(f"{config.load_model} is {llm.version}: vision training needs x070 weights")
     _confirm_shapes(config, llm, notes)
-    if config.adapter is not None:
-        sizes_of_adapter(llm, config.adapter)  # refuses what does not fit the model
+    adapted = None
+    if config.adapter is not None:  # refuses what does not fit the model
+        compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        adapted = sizes_of_adapter(llm, config.adapter, compute)
     tokenizer = tokenizer_for(Path(config.load_model), llm.vocab_size, config.tokenizer)
     if config.form == "placeholder" and llm.vocab_size <= IMAGE_PAD:
         raise UserError(
             f"form=placeholder uses the ids up to {IMAGE_PAD}, {config.load_model} knows 0 to "
             f"{llm.vocab_size - 1}: use form=prefix"
         )
-    files = data_files(Path(config.data_file))
     trained = "encoder" in config.parts
     dtype = torch.bfloat16 if config.precision == "bf16" and not trained else torch.float32
     encoder, preprocessing = open_encoder(config.encoder_path, config.encoder_type, dtype)
@@ -135,6 +141,7 @@ def prepare(config: VisionConfig, world_size: int, notes: list[str]) -> VisionJo
         3 * preprocessing.shape[0] * preprocessing.shape[1],
         int(data.lengths.max()),
         data.label_tokens,
+        adapted,
     )
     progress, before = Progress(), {}
     if resume is not None:
@@ -188,7 +195,7 @@ def _take_saved_encoder(encoder: Encoder, resume: Path, is_trained: bool) -> Non
     prefix = "encoder.model."
     weights = {n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)}
     if weights and not is_trained:
-        take_weights(encoder, weights)
+        take_weights(encoder, weights, str(resume))
 
 
 def _confirm_shapes(config: VisionConfig, llm: ModelConfig, notes: list[str]) -> None:
@@ -237,7 +244,7 @@ def _starting_adapter(
     notes += other_encoder(saved, encoder)
     notes.append(f"the adapter comes from {saved.path}: all {len(saved.weights)} tensors of it")
     if saved.encoder_weights:
-        take_weights(encoder, saved.encoder_weights)
+        take_weights(encoder, saved.encoder_weights, str(saved.path))
         notes.append("and the encoder's weights, which were trained with it")
     return saved
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from rwkvtune.adapters.adapter import Sizes
 from rwkvtune.data.visual import LENGTH_MULTIPLE
 from rwkvtune.errors import UserError
 from rwkvtune.models import ModelConfig
@@ -29,6 +30,8 @@ class VisionSizes:
     """Tokens of the longest sample."""
     label_tokens: float
     """Mean per sample."""
+    adapted: Sizes | None = None
+    """Of the language model with what --peft adds to it; None = nothing is added."""
 
 
 def make_plan(
@@ -78,7 +81,9 @@ def memory_estimate(config: VisionConfig, sizes: VisionSizes, device_type: str) 
     size = 2 if is_half else 4
     m = sizes.llm
     projections = m.n_layer * (4 * m.n_embd**2 + 2 * m.n_embd * m.dim_ffn)
-    if "rwkv" in parts and config.peft == "none":
+    if sizes.adapted is not None:
+        llm = sizes.adapted.trained * 16.0 + sizes.adapted.frozen_bytes
+    elif "rwkv" in parts:
         llm = m.num_parameters * 16.0
     else:
         head = m.vocab_size * m.n_embd

@@ -51,7 +51,7 @@ def test_a_file_of_26_gigabytes_is_told_without_its_values(write: Any, tmp_path:
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr

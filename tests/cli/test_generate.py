@@ -314,7 +314,7 @@ def test_text_comes_while_it_is_written_and_ctrl_c_ends_it_with_130(folder: Path
     assert process.stdout and process.stderr
     assert process.stdout.read(20)  # a text of 10^9 tokens would never be complete
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130
     assert b"ended by Ctrl-C" in err and b"Traceback" not in err and b"error" not in err
 
@@ -325,7 +325,7 @@ def test_a_reader_that_leaves_ends_the_text_without_a_word(folder: Path) -> None
     process.stdout.read(20)
     process.stdout.close()
     err = process.stderr.read()
-    assert process.wait(timeout=60) == 141
+    assert process.wait(timeout=600) == 141
     assert all(
         line.startswith(("weights: ", "prompt: ", "kernel ")) for line in err.decode().splitlines()
     )
@@ -335,7 +335,7 @@ def test_a_reader_that_leaves_ends_the_text_without_a_word(folder: Path) -> None
 def test_a_full_disk_is_one_line(folder: Path) -> None:
     with open("/dev/full", "wb") as full:
         process = start(folder, "--max_tokens", 5, stdout=full.fileno())
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=600)
     assert process.returncode == 2
     assert err.decode().splitlines()[-1] == (
         "error: cannot write the output: No space left on device"
@@ -352,7 +352,7 @@ def test_a_terminal_gets_no_control_characters(run: Run, folder: Path) -> None:
     shown = b""
     while chunk := read_terminal(master):
         shown += chunk
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=600) == 0
     text = shown.decode()
     assert all(c.isprintable() or c in "\r\n\t" for c in text), text
     # What a pipe gets from the same seed does hold some.

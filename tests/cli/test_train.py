@@ -161,7 +161,7 @@ REFUSALS = {
     ),
     "disagreeing flag": Refusal(
         [*DATA, "--load_model", "w.pth", "--n_layer", "3", "--n_embd", "128"],
-        "the model flags disagree with w.pth: n_layer: flag 3, file 2; n_embd: flag 128, file 64",
+        "the model settings disagree with w.pth: n_layer: flag 3, file 2; n_embd: flag 128, file",
     ),
     "weights missing": Refusal([*DATA, "--load_model", "nothing.pth"], "nothing.pth"),
     "weights incomplete": Refusal(

@@ -56,6 +56,20 @@ def test_the_first_place_that_has_the_file_wins(places: dict[str, Path], tmp_pat
         preset.find_weights("no.pth")
 
 
+def test_a_wrong_entry_among_the_users_folders_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = preset_in(tmp_path)
+    monkeypatch.setenv("RWKVTUNE_MODELS", f"{tmp_path}{os.pathsep}{tmp_path / 'gone'}")
+    with pytest.raises(FileNotFoundError, match=r"RWKVTUNE_MODELS \(\S*gone, which does not exist"):
+        preset.find_weights()
+    monkeypatch.setenv("RWKVTUNE_MODELS", f"{tmp_path}{os.pathsep}{__file__}")
+    told = f"names the file {__file__}, .* it lies in, {Path(__file__).parent}"
+    for use in (preset.find_weights, lambda: load_model_config("0.1b")):
+        with pytest.raises(UserError, match=told):
+            use()
+
+
 def test_a_builtin_preset_is_resolved_in_the_same_way(places: dict[str, Path]) -> None:
     (places["second"] / NAME).write_bytes(b"weights")
     assert load_model_config("0.1b").model_path == str(places["second"] / NAME)
@@ -151,7 +165,7 @@ def test_nothing_is_fetched_without_the_flag_and_then_it_is_in_the_cache(
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
             check=False,
         )
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from rwkvtune.data.images import PictureError, PictureStore, Preprocessing
+from rwkvtune.data.llava_images import open_picture
 from rwkvtune.errors import UserError
 
 SIZES = [(640, 480), (31, 57), (48, 48), (100, 30)]
@@ -114,6 +115,18 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "other" / "images.zip").write_bytes(b"PK no zip")
     with pytest.raises(UserError, match=r"images\.zip is no whole zip archive"):
         PictureStore(tmp_path / "other").find("a.jpg")
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF")])
+def test_grey_of_16_bits_looks_as_the_same_picture_with_8(
+    mode: str, kind: str, tmp_path: Path
+) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (5, 6)).astype(np.uint8)
+    deep = grey.astype(np.uint16 if mode == "I;16" else np.int32) * 257  # 255 -> 65535
+    (tmp_path / "deep").write_bytes(saved(Image.fromarray(deep), kind))
+    expected = np.asarray(Image.fromarray(grey).convert("RGB"))
+    assert np.array_equal(np.asarray(PictureStore(tmp_path).open("deep")), expected)
+    assert np.array_equal(np.asarray(open_picture(tmp_path / "deep")), expected)
 
 
 def test_pictures_of_every_mode_come_as_rgb_and_upright(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from transformers import LlavaOnevisionImageProcessor
+from transformers import LlavaOnevisionConfig, LlavaOnevisionImageProcessor, Qwen2Tokenizer
 
 from rwkvtune.data.llava import make_supervised_data_module
 from rwkvtune.data.llava_dataset import DataArguments, LlavaDataset, Template
@@ -91,6 +91,26 @@ def test_counts_are_the_lengths_of_what_the_model_packs(merge: str) -> None:
             assert len(packed) == processor.image_tokens(size), size
     rule = PackingRule([], 56, None, newline="grid")
     assert len(frame_features(torch.zeros(3, 16, 2), torch.zeros(2), rule)) == 3 * 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("merge", "position", "tokens"),
+    [  # of the original program, run on 3 frames of 4 x 4 features
+        *(("flat", position, 12) for position in ("grid", "frame", "one_token", "no_token")),
+        ("spatial", "one_token", 12),
+        ("spatial", "grid", 18),
+        ("spatial_unpad", "one_token", 13),
+    ],
+)
+def test_a_video_has_newlines_only_where_the_merge_has_them(
+    merge: str, position: str, tokens: int
+) -> None:
+    config: Any = LlavaOnevisionConfig()
+    config.mm_patch_merge_type, config.mm_newline_position = merge, position
+    rule = PackingRule.of(config)
+    assert len(frame_features(torch.zeros(3, 16, 2), torch.zeros(2), rule)) == tokens
+    processor = ImageProcessor(56, 14, mm_newline_position=rule.newline)
+    assert processor.video_tokens(3) == tokens
 
 
 @pytest.mark.parametrize("size", [(200, 90), (90, 200), (60, 60)])
@@ -192,6 +212,14 @@ def test_a_bad_manifest_is_named(tmp_path: Path, name: str, text: str, reason: s
         ({"conversations": []}, "no `conversations`"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "from 'bot'"),
         ({"conversations": turns("a")[:1]}, "nothing to learn"),
+        ({"conversations": turns("a")[1:]}, "no turn of the assistant"),
+        (  # the first turn is left out, and its picture's place with it
+            {"image": "p.png", "conversations": [*turns("", "<image>")[1:], *turns("a")]},
+            "1 images for 0 <image>",
+        ),
+        ({"image": "n" * 300, "conversations": turns("<image>")}, "there is no picture"),
+        ({"image": ".", "conversations": turns("<image>")}, "there is no picture"),
+        ({"conversations": turns("\ud800")}, "surrogates not allowed"),
     ],
 )
 def test_samples_that_cannot_be_trained_on_are_counted_and_named(
@@ -230,6 +258,29 @@ def test_ids_are_those_of_qwens_chat_template() -> None:
     assert [image if i == -200 else i for i in template.prompt(talk[0][1])] == asked
 
 
+def test_newlines_that_begin_a_text_are_one_token_with_the_roles_as_in_the_original() -> None:
+    letters = {t: i for t, i in byte_tokenizer().get_vocab().items() if i < 256}
+    special = ["<|im_start|>", "<|im_end|>"]
+    merges: Any = [("Ċ", "Ċ")]
+    tokenizer = Qwen2Tokenizer(
+        vocab={**letters, "ĊĊ": 256}, merges=merges, additional_special_tokens=special
+    )
+    talk = [("user", "\nA"), ("assistant", "\nB\n\nC")]
+    spoken = [("system", "You are a helpful assistant."), *talk]
+    whole = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in spoken)
+    ids_of: Any = tokenizer.convert_tokens_to_ids
+    start, end = ids_of(special)
+    for mode, learned in (
+        # the original also learns every marker and every newline that is a token of its own
+        ("llava", [start, 10, end, 10, start, end, 10, start, *b"assistant", 256, 66, 256, 67]),
+        ("assistant_only", [256, 66, 256, 67]),
+    ):
+        ids, labels = Template(tokenizer, "qwen_2", mode).encode(talk)  # type: ignore[arg-type]
+        assert ids == tokenizer.encode(whole, add_special_tokens=False)
+        closing = [end, 10] if mode == "llava" else [end]
+        assert [label for label in labels if label != -100] == [*learned, *closing]
+
+
 def test_labels_of_both_modes_are_as_described() -> None:
     tokenizer = byte_tokenizer()
     talk = [("assistant", "dropped"), ("user", "<image>\nA"), ("assistant", "B\nC")]
@@ -255,6 +306,8 @@ def test_plain_learns_the_caption_and_qwen_2_5_has_its_own_system_line() -> None
         [-200, *b"A dog\n"],
         [-100, *b"A dog\n"],
     )
+    tagged = [("user", "<image>"), ("assistant", "A<image> dog")]
+    assert Template(tokenizer, "plain").encode(tagged)[0] == [-200, -200, *b"A dog\n"]
     ids, _ = Template(tokenizer, "qwen_2_5").encode(talk)
     assert b"created by Alibaba Cloud" in bytes(i for i in ids if 0 <= i < 256)
 
@@ -305,13 +358,17 @@ def test_the_module_keeps_its_documented_contract(tmp_path: Path) -> None:
     assert batch["attention_mask"].sum(1).tolist() == lengths
     assert batch["labels"][2, lengths[2] :].eq(-100).all()
     # 40 x 30 on a canvas of 56 x 56: 4 patches, and 4 - 0 rows of 4 + newline
-    assert module["data_collator"].visual_tokens(batch) == (4 + 4 * 5) + 5 + 5 + (2 + 1)
+    widths = module["data_collator"].widths(batch)
+    assert widths[batch["input_ids"] == -200].tolist() == [4 + 4 * 5, 5, 5, 2 + 1]
+    assert widths.sum(1).tolist() == [lengths[0] + 23, lengths[1] + 8, lengths[2], lengths[3] + 2]
     texts = module["data_collator"]([dataset[2]])
     assert "images" not in texts
     tokenizer.model_max_length = 60  # ends in the middle of the question with two images
     cut = module["data_collator"]([dataset[1]])
     places = int((cut["input_ids"] == -200).sum())
     assert cut["input_ids"].shape[1] == 60 and len(cut["images"]) == max(places, 1)
+    widths = module["data_collator"].widths(cut)
+    assert widths.sum() == 60 and (widths[0, 60 - 4 * places :] == 0).all()
 
 
 def test_the_time_of_frames_is_told_when_asked_for(tmp_path: Path) -> None:

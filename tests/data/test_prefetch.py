@@ -26,7 +26,7 @@ def test_the_next_item_is_made_while_one_is_in_use() -> None:
 
     coming = prefetched(items())
     assert next(coming) == "first"
-    assert made.wait(timeout=10), "nothing was made ahead"
+    assert made.wait(timeout=600), "nothing was made ahead"
     assert next(coming) == "second"
 
 

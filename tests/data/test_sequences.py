@@ -20,6 +20,7 @@ from rwkvtune.data.sequences import (
 from rwkvtune.data.tokenizers.generic import GenericTokenizer, create_vocab_file_from_tokens
 from rwkvtune.data.tokenizers.integers import AngleTokenizer, IntegerTokenizer
 from rwkvtune.errors import MissingFileError, UserError
+from rwkvtune.pipeline import RWKVTrainingPipeline
 
 
 def texts(path: str | Path) -> list[str]:
@@ -188,6 +189,19 @@ def test_lines_can_be_written_in_their_order(tmp_path: Path) -> None:
     assert info == {"num_items": 4, "total_tokens": 10, "dtype": "uint16"}
     assert converter.compute_magic_prime(prefix, ctx_len=2) == 2  # 5 windows, 4 at most
     assert converter.compute_magic_prime(prefix, ctx_len=4) is None
+
+
+@pytest.mark.parametrize("n_epochs", [0, -1, 1.5, "2"])
+def test_sequences_cannot_be_written_fewer_times_than_once(tmp_path: Path, n_epochs: Any) -> None:
+    source = tmp_path / "x.jsonl"
+    source.write_text('{"text": "7 8"}\n')
+    for convert in (
+        lambda: JsonlToBinIdxConverter().convert(source, tmp_path / "out", n_epochs),
+        lambda: RWKVTrainingPipeline(tmp_path).prepare_data_from_jsonl(source, n_epochs=n_epochs),
+    ):
+        with pytest.raises(UserError, match=f"n_epochs={n_epochs!r} must be a whole number from 1"):
+            convert()
+    assert not list(tmp_path.rglob("*.bin"))
 
 
 def test_values_above_16_bits_make_files_of_32_bits(tmp_path: Path) -> None:

@@ -171,6 +171,7 @@ REFUSED = {
     "in.txt": (b"abc\xff", "in.txt: byte 3 (0xff) is not UTF-8"),
     "long.txt": (b"a\n" * 1_000_000 + b"\xff", "long.txt: byte 2000000 (0xff) is not UTF-8"),
     "a.jsonl": (b'{"text": "a"}\n\n{"text": }', "a.jsonl: line 3: not JSON"),
+    "a2.jsonl": (b'{"text": "a', "line 1: not JSON (Unterminated string starting at column 10)"),
     "b.jsonl": (b'{"text": "a"}\n{"txt": "b"}', 'b.jsonl: line 2: expected {"text": "..."}'),
     "c.jsonl": (b'["a"]', "c.jsonl: line 1: expected"),
     "d.jsonl": (b'{"text": 5}', "d.jsonl: line 1: expected"),

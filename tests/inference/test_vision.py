@@ -10,13 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from rwkvtune.checkpoint import load_weights, save_weights
 from rwkvtune.cli.main import guarded
 from rwkvtune.data.images import PictureStore
 from rwkvtune.data.visual import Sample, collate
-from rwkvtune.demo.vision_fixture import DATA, MODEL
+from rwkvtune.demo.vision_fixture import DATA, ENCODER, MODEL
 from rwkvtune.errors import UserError
+from rwkvtune.evaluation.vision import greedy
 from rwkvtune.inference.vision import (
     VisionChat,
     VisionSystem,
@@ -25,6 +28,7 @@ from rwkvtune.inference.vision import (
     log_likelihoods,
     read_adapter,
 )
+from rwkvtune.models.vision.model import Adapter
 from rwkvtune.training.vision import train_vision
 from rwkvtune.training.vision_config import from_flat
 from tests.vision_files import settings, vision_files
@@ -81,6 +85,19 @@ def test_a_dialogue_with_carried_state_is_one_long_text(system: VisionSystem) ->
         for offset, id in enumerate(answer):
             row = logits[begin + offset - 1]
             assert row[id] >= row.max() - 1e-3, "greedy: what one pass over all finds likeliest"
+
+
+def test_no_answer_has_ids_that_stand_for_no_text(folder: Path) -> None:
+    system = load_vision(folder)
+    sample, features = system.assembly.question("What?", pictures=1), system.features([picture(1)])
+    logits = logits_of(system, sample, [picture(1)])[len(sample.ids) - 1]
+    order = logits.argsort(descending=True).tolist()
+    letter = next(id for id in order if system.tokenizer.decode([id]).isalpha())
+    system.tokenizer.unused_ids = order[: order.index(letter)]  # all that are likelier
+    assert len(system.tokenizer.unused_ids)
+    assert greedy(system, [sample], features, 1) == [system.tokenizer.decode([letter])]
+    chat = list(VisionChat(system).ask("What?", [picture(1)], max_tokens=1, temperature=0))
+    assert chat == [letter]
 
 
 def test_log_likelihoods_are_sums_over_the_labelled_tokens(system: VisionSystem) -> None:
@@ -182,6 +199,57 @@ def test_what_does_not_belong_together_is_refused(folder: Path, tmp_path: Path) 
     save_weights(bare, weights)
     with pytest.raises(UserError, match=r"not whole: proj\.2\.bias is missing"):
         read_adapter(bare)
+
+
+@pytest.mark.parametrize(
+    ("llm", "adapter", "encoder"),
+    [
+        ("", "modality.world_encoder.adapter.", "modality.world_encoder.model."),
+        ("llm.", "proj.", "encoder.model."),
+        ("llm.", "proj.", "encoder.model.vision_model."),
+    ],
+)
+def test_an_encoder_in_a_published_file_is_the_one_that_sees(
+    llm: str, adapter: str, encoder: str, folder: Path, tmp_path: Path
+) -> None:
+    sizes: Any = {"hidden_size": 32, "intermediate_size": 64, "image_size": 42, "patch_size": 14}
+    config = SiglipVisionConfig(**sizes, num_hidden_layers=2, num_attention_heads=2)
+    whole: Any = SiglipVisionModel(config).eval()  # the originals save its pooling head, too
+    named = {
+        llm: load_weights(vision_files() / MODEL),
+        adapter: load_weights(folder / "adapter-final.safetensors"),
+        encoder: whole.state_dict(),
+    }
+    every = {prefix + name: t for prefix, part in named.items() for name, t in part.items()}
+    assert any(".head." in name for name in every)
+    path = tmp_path / "rwkv-0.pth"
+    options: Any = {"encoder_path": str(vision_files() / ENCODER), "tokenizer": "bytes"}
+    save_weights(path, every)
+    system = load_vision(path, **options)
+    pixels = torch.from_numpy(system.preprocessing.pixels(picture(0)))
+    with torch.no_grad():
+        expected = whole(pixel_values=(pixels[None] / 255 - 0.5) / 0.5).last_hidden_state
+    torch.testing.assert_close(system.features([picture(0)]), expected, rtol=1e-4, atol=1e-4)
+    save_weights(path, {n: t for n, t in every.items() if not n.endswith("layers.1.mlp.fc2.bias")})
+    with pytest.raises(UserError, match=r"fc2\.bias is missing there"):
+        load_vision(path, **options)
+
+
+def test_the_projector_whose_norm_is_never_used_is_read_as_it_computes(tmp_path: Path) -> None:
+    conv, first, last = nn.Conv1d(8, 8, 6, 5, bias=False), nn.Linear(8, 32), nn.Linear(32, 16)
+    parts = {"conv": conv, "mlp.0": first, "mlp.2": last, "pre_norm": nn.LayerNorm(16)}
+    path = tmp_path / "rwkv-0.pth"
+    save_weights(
+        path,
+        {f"proj.{n}.{k}": t for n, part in parts.items() for k, t in part.state_dict().items()},
+    )
+    saved = read_adapter(path)
+    adapter = Adapter(saved.config)
+    adapter.load_state_dict(saved.weights)
+    x = torch.randn(2, 16, 8)
+    # Joluck/WorldRWKV, `VlProj`: exact GELU, and the norm left out
+    expected = last(F.gelu(first(conv(x.mT).mT)))
+    torch.testing.assert_close(adapter(x), expected)
 
 
 def test_relative_paths_of_a_run_are_found_from_any_folder(

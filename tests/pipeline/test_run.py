@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from rwkvtune.data.sequences import DataPipeline
 from rwkvtune.data.tokenizers.custom import BaseTokenizer
 from rwkvtune.data.tokenizers.generic import GenericTokenizer, create_vocab_file_from_tokens
 from rwkvtune.data.tokenizers.integers import AngleTokenizer, IntegerTokenizer
@@ -162,12 +163,31 @@ def test_settings_that_a_run_does_not_go_on_with_are_not_kept(copy: Path) -> Non
     assert RWKVTrainingPipeline(copy).train(num_epochs=3, continue_training=True).steps == 6
 
 
+def test_the_trainer_speaks_of_settings_by_the_pipelines_names(copy: Path) -> None:
+    folder = copy.rename(copy.with_name("epoch_count"))
+    smaller = dataclasses.replace(TRAINING, micro_bsz=2)
+    with pytest.raises(UserError) as caught:
+        pipeline(folder, training_config=smaller).train(num_epochs=3, continue_training=True)
+    assert str(caught.value) == (
+        f"{folder}/out holds a run with other settings: steps of an epoch: 2 -> 3; windows per "
+        "step: 3 -> 2. Give the old values to go on, or another work_dir for a new run"
+    )
+    with pytest.raises(UserError, match="use precision bf16 or fp32$"):
+        pipeline(folder.parent / "new", training_config=TrainingConfig(precision="fp16")).train(
+            DATA, num_epochs=1
+        )
+
+
 def test_a_model_can_be_made_before_it_is_trained(tmp_path: Path) -> None:
     made = pipeline(tmp_path)
     made.prepare_data(DATA, "train")
     path = made.initialize_model()
     first = weights(path)
     assert made.initialize_model() == path and same(path, path)
+    other = pipeline(tmp_path, model_config=dataclasses.replace(MODEL, n_layer=2))
+    with pytest.raises(UserError, match=r"n_layer: checkpoint 1, pipeline 2\. initialize_model"):
+        other.train(num_epochs=1)
+    made = pipeline(tmp_path)
     made.train(num_epochs=1)
     # The value matrix's initial value is orthogonal; a run starts from exactly what was written.
     assert all(torch.equal(first[name], tensor) for name, tensor in weights(path).items())
@@ -262,6 +282,20 @@ def test_token_files_that_are_there_already(tmp_path: Path, trained: Path) -> No
         small.use_existing_data(trained / "data" / "train")
 
 
+def test_token_files_that_were_written_anew_are_not_trained_on_by_their_old_length(
+    tmp_path: Path,
+) -> None:
+    made = pipeline(tmp_path / "work")
+    made.prepare_data(DATA)
+    made.use_existing_data(shutil.copytree(tmp_path / "work/data", tmp_path / "own") / "train")
+    DataPipeline(TOKENIZER).process_numpy(DATA[:6], tmp_path / "own", "train")
+    reopened = RWKVTrainingPipeline(tmp_path / "work")
+    with pytest.raises(UserError, match=r"train\.bin has 66 tokens, and had 132 when"):
+        reopened.train(num_epochs=1)
+    reopened.use_existing_data(tmp_path / "own/train")
+    assert reopened.train(num_epochs=1).steps == 1  # 4 windows of 16 in one batch of 4
+
+
 def test_weights_of_any_origin_are_taken_up(trained: Path, tmp_path: Path) -> None:
     source = tmp_path / "any name.pth"
     shutil.copy(trained / "out/rwkv-final.pth", source)
@@ -282,6 +316,20 @@ def test_weights_of_any_origin_are_taken_up(trained: Path, tmp_path: Path) -> No
         made.train_from_checkpoint(source)
 
 
+def test_rows_of_a_checkpoint_stay_also_where_they_are_as_many_as_the_default(
+    tmp_path: Path,
+) -> None:
+    of_angles = pipeline(tmp_path / "angles", tokenizer=AngleTokenizer())
+    of_angles.prepare_data(DATA)
+    source = of_angles.initialize_model()
+    assert weights(source)["emb.weight"].shape[0] == ModelConfig.vocab_size == 361
+    made = pipeline(tmp_path / "work")
+    made.prepare_data(DATA)
+    made.train_from_checkpoint(source, num_epochs=1)
+    RWKVTrainingPipeline(tmp_path / "work").train(num_epochs=2, continue_training=True)
+    assert weights(tmp_path / "work/out/rwkv-final.pth")["emb.weight"].shape[0] == 361
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -289,6 +337,7 @@ def test_weights_of_any_origin_are_taken_up(trained: Path, tmp_path: Path) -> No
         ({"override_config": {"lr_init": "fast"}}, "lr_init='fast' must be a number"),
         ({"override_config": {"n_layer": 5}}, "n_layer: checkpoint 1, pipeline 5"),
         ({"auto_detect": False}, "n_layer: checkpoint 1, pipeline 3"),
+        ({"num_epochs": 0}, "num_epochs=0 must be a whole number from 1 up"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_and_nothing_changes(
@@ -351,6 +400,9 @@ def test_nothing_is_trained_on_nothing(tmp_path: Path) -> None:
     for seed in ("7", 1.5, -2):
         with pytest.raises(UserError, match="random_seed=.* must be a whole number"):
             made.train(DATA, random_seed=seed)  # type: ignore[arg-type]
+    for length in ("3", -1, 2.5):
+        with pytest.raises(UserError, match="length=.* must be a whole number from 0 up"):
+            made.generate(length=length)  # type: ignore[arg-type]
     for name in ("../train", "", 5):
         with pytest.raises(UserError, match="is no name for data"):
             made.prepare_data(DATA, name)  # type: ignore[arg-type]
@@ -376,6 +428,7 @@ def test_nothing_is_trained_on_nothing(tmp_path: Path) -> None:
         (lambda: ModelConfig(head_size_a=0), "head_size_a=0 must be at least 1"),
         (lambda: RWKVTrainingPipeline("x", TrainingConfig()), "given where a ModelConfig is"),  # type: ignore[arg-type]
         (lambda: RWKVTrainingPipeline("/dev/null/x"), "/dev/null/x"),
+        (lambda: RWKVTrainingPipeline(__file__), "is a file: give a folder"),
         (lambda: RWKVTrainingPipeline("x", wandb_project=5), "wandb_project=5 must be"),  # type: ignore[arg-type]
     ],
 )
@@ -454,7 +507,7 @@ def test_two_devices_from_a_script_without_a_guard_and_from_a_notebook(tmp_path:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         cwd=tmp_path,
     )
     assert done.stdout.count("SCRIPT BEGINS") == 1

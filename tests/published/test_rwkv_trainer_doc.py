@@ -300,6 +300,6 @@ def test_run_tests_sh_runs_the_published_files() -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.stdout.count(" passed") == 3

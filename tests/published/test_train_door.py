@@ -117,6 +117,12 @@ def test_a_run_without_flags_has_the_published_defaults(family: str) -> None:
     assert found["precision"] == "bf16"
 
 
+def test_a_size_of_zero_is_no_default() -> None:
+    for name in ("n_layer", "n_embd"):
+        config, _, _ = config_of("--data_file", "x", f"--{name}", "0")
+        assert config.problems() == [f"{name}=0 must be at least 1"]
+
+
 def test_published_values_that_are_defaults_say_nothing() -> None:
     for flags in (IN_BOTH | TRAIN_TEMP, IN_BOTH | V5_TREE):
         given = flags | {"data_file": "data/x", "data_type": "binidx"}
@@ -156,6 +162,8 @@ def test_a_kernel_that_is_not_there_is_said_and_offloading_is_kept() -> None:
 def test_all_that_is_refused_is_told_at_once() -> None:
     with pytest.raises(UserError, match=r"--head_qk 1: .*; --tiny_att_dim 8: .*"):
         config_of("--data_file", "x", "--head_qk", "1", "--tiny_att_dim", "8")
+    with pytest.raises(UserError, match="--head_qk 1: .*; --my_testing mamba: .* x052, x060, x070"):
+        config_of("--data_file", "x", "--head_qk", "1", "--my_testing", "mamba")
     with pytest.raises(UserError, match="head_size=32 and head_size_a=64 differ"):
         config_of("--data_file", "x", "--head_size", "32", "--head_size_a", "64")
     with pytest.raises(UserError, match="my_pile_stage .* and train_stage .* differ"):
@@ -291,7 +299,7 @@ def demo_script(name: str, folder: Path, *flags: str, **variables: str) -> str:
     environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
         ["sh", str(ROOT / name), *flags],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

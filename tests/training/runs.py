@@ -54,7 +54,7 @@ class Running:
     process: ForkServerProcess
     output: Path
 
-    def wait(self, timeout: float = 60.0) -> Ended:
+    def wait(self, timeout: float = 600.0) -> Ended:
         self.process.join(timeout)
         if self.process.is_alive():
             self.process.kill()
@@ -66,7 +66,7 @@ class Running:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
-    def wait_until(self, happened: Callable[[], object], timeout: float = 60.0) -> None:
+    def wait_until(self, happened: Callable[[], object], timeout: float = 600.0) -> None:
         deadline = time.monotonic() + timeout
         while not happened():
             assert self.process.is_alive(), f"ended too early:\n{self.output.read_text()}"

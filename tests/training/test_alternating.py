@@ -17,8 +17,11 @@ import torch
 
 from rwkvtune.cli.alternating_train import parse
 from rwkvtune.cli.main import guarded
+from rwkvtune.data.llava_dataset import DataArguments, LlavaCollator, LlavaDataset
 from rwkvtune.demo.alternating_checkpoints import make
 from rwkvtune.errors import UserError
+from rwkvtune.inference.alternating import Checkpoint, load
+from rwkvtune.models.alternating.tokenizer import load_tokenizer
 from rwkvtune.training.alternating import (
     checkpoints,
     choose_trainable,
@@ -53,19 +56,21 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("lora", [False, True])
+LORA = ("--lora_enable", "--lora_r", "4", "--lora_dropout", "0.3")
+"""Dropout: the random state has to come back too."""
+
+
+@pytest.mark.parametrize("more", [(), LORA, (*LORA, "--bits", "4")])
 def test_a_run_killed_in_the_middle_ends_with_the_bits_of_one_that_was_not(
-    folder: Path, tmp_path: Path, lora: bool, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # dropout: the random state has to come back too
-    more = ["--lora_enable", "--lora_r", "4", "--lora_dropout", "0.3"] if lora else []
     assert guarded("alternating_train", flags(folder, tmp_path / "whole", *more)) == 0
     killed = tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, ROOT / "train_alternating.py", *flags(folder, killed, *more)],
         stdout=subprocess.DEVNULL,
     )
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while not (killed / "checkpoint-4").exists() and time.monotonic() < until:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -185,6 +190,31 @@ def test_accumulated_batches_give_the_step_of_one_large_batch(folder: Path, tmp_
         assert differs.float().mean() < 0.01, name
 
 
+def test_the_loss_is_the_mean_over_the_labels_that_are_left_when_images_fill_the_row(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def trained(limit: int, *more: str) -> float:
+        argv = flags(folder, tmp_path / f"{limit}{len(more)}", "--max_steps", "1")
+        argv += ["--model_max_length", str(limit), "--per_device_train_batch_size", "12", *more]
+        assert guarded("alternating_train", argv) == 0
+        told = capsys.readouterr().out
+        assert ("no answer lies within model_max_length=60" in told) == bool(more)
+        return float(re.findall(r"^step 1/1  loss (\S+)", told, re.M)[0])
+
+    checkpoint = Checkpoint.open(folder / "path_or_repo_with_alternating_attn")
+    model, _ = load(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.folder)
+    for limit in (2048, 60):  # the second ends within the images
+        tokenizer.model_max_length = model.config.tokenizer_model_max_length = limit
+        dataset = LlavaDataset(tokenizer, DataArguments(str(folder / "laion_subset.json")))
+        dataset.processor = processor_of(model.config)
+        batch = LlavaCollator(tokenizer, dataset.processor)([dataset[i] for i in range(12)])
+        with torch.no_grad():
+            mean = model(**batch).loss  # transformers', when it is not told a number
+        assert trained(limit) == pytest.approx(float(mean), abs=1e-4)
+    assert trained(60, "--label_mode", "assistant_only") == 0.0
+
+
 def test_gradient_checkpointing_and_bf16_train(folder: Path, tmp_path: Path) -> None:
     argv = flags(folder, tmp_path, "--gradient_checkpointing", "True", "--bf16", "True")
     assert guarded("alternating_train", [*argv, "--max_steps", "2"]) == 0
@@ -227,7 +257,7 @@ def test_a_folder_of_another_run_is_refused_and_one_that_is_done_says_so(
 def test_fp16_without_a_gpu_is_refused() -> None:
     settings = AlternatingSettings.from_flat({"fp16": True, "use_cpu": True})
     with pytest.raises(UserError, match="fp16"):
-        prepare(golden_model("base"), settings)
+        prepare(golden_model("base"), settings, "base")
 
 
 def test_settings_without_effect_are_told_and_wrong_ones_listed_together() -> None:
@@ -236,10 +266,11 @@ def test_settings_without_effect_are_told_and_wrong_ones_listed_together() -> No
     )
     assert len(settings.without_effect()) == 2
     wrong = AlternatingSettings.from_flat(
-        {"learning_rate": -1.0, "group_by_length": True, "group_by_varlen": True}
+        {"learning_rate": -1.0, "group_by_length": True, "group_by_varlen": True, "bits": 4}
     )
     found = wrong.problems()
-    assert len(found) == 3 and "learning_rate=-1.0" in found[0]
+    assert len(found) == 4 and any("add --lora_enable" in problem for problem in found)
+    assert "learning_rate=-1.0" in found[0]
 
 
 def test_the_flags_of_llavas_training_scripts_are_known() -> None:

@@ -188,7 +188,7 @@ def test_in_a_browser_the_page_draws_reads_out_and_asks_for_nothing(
             f"--user-data-dir={tmp_path / 'browser'}", f"--window-size={width},1000",
             "--virtual-time-budget=1000", "--dump-dom", html.as_uri(),
         ],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr, done.stderr
     found = json.loads(title_of(done.stdout))

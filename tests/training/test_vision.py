@@ -27,6 +27,8 @@ from rwkvtune.training import vision
 from rwkvtune.training.plan import Plan
 from rwkvtune.training.vision import make_schedule, train_vision
 from rwkvtune.training.vision_config import VisionConfig, from_flat
+from rwkvtune.training.vision_data import data_files
+from rwkvtune.training.vision_plan import memory_estimate
 from tests.training.runs import losses, metrics
 from tests.vision_files import settings, vision_files
 
@@ -66,7 +68,7 @@ def train(proj_dir: Path, **changes: Any) -> int:
 def first_batch(proj_dir: Path, **changes: Any) -> Any:
     """Of a run with these settings, and the dataset that it comes from."""
     config = from_flat(settings(proj_dir, **changes))
-    job = vision.prepare(config, 1, [])
+    job = vision.prepare(config, data_files(Path(config.data_file)), 1, [])
     return job, job.data.batch(list(range(4)))
 
 
@@ -276,6 +278,13 @@ def test_a_packed_base_is_trained_by_lora_only(stage_1: Path, tmp_path: Path, se
     lora = {name for name in seen.before if ".lora_" in name}
     assert lora and changed == lora | {n for n in seen.before if n.startswith("adapter.")}
     assert all(4 in seen.before[name].shape for name in lora)
+    estimates = []
+    for rank in (4, 8):  # twice the rank, twice LoRA's parameters; 4 bytes, gradient, two moments
+        changes = options | {"peft": "lora", "peft_config": json.dumps({"r": rank})}
+        job, _ = first_batch(tmp_path / f"r{rank}", **changes)
+        config = from_flat(settings(tmp_path, **changes))
+        estimates.append(memory_estimate(config, job.sizes, "cpu"))
+    assert estimates[1] - estimates[0] == 16 * sum(seen.before[name].numel() for name in lora)
     assert (tmp_path / "lora-final" / "adapter_model.safetensors").exists()
     merged = load_vision(tmp_path).model.llm  # of rwkv-final.pth
     with torch.no_grad():
@@ -483,6 +492,18 @@ def test_cached_features_train_the_same_adapter(
         train(tmp_path / "other", feature_cache=cache, precision="bf16")
     with pytest.raises(UserError, match="more than cache_limit_gb=1e-06"):
         train(tmp_path / "small", feature_cache=str(tmp_path / "c"), cache_limit_gb=1e-6)
+
+
+def test_batches_without_any_picture_train_with_cached_features_too(tmp_path: Path) -> None:
+    shutil.copytree(vision_files() / DATA, tmp_path / "data")
+    chat = tmp_path / "data" / "chat.json"
+    records = json.loads(chat.read_text())[:2]
+    talk = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "good day"}]
+    chat.write_text(json.dumps([*records, {"conversations": talk}, {"conversations": talk}]))
+    options = {"data_file": str(tmp_path / "data"), "micro_bsz": 1, "epoch_steps": 4}
+    assert train(tmp_path / "without", **options) == 0
+    assert train(tmp_path / "with", **options, feature_cache=str(tmp_path / "cache")) == 0
+    assert losses(tmp_path / "with") == pytest.approx(losses(tmp_path / "without"), rel=1e-5)
 
 
 def test_generate_points_from_a_vision_run_to_the_command_that_asks_it(

@@ -211,15 +211,18 @@ class LlavaQwenWithAlternatingAttnForCausalLM(_SplitByDefault, Qwen2ForCausalLM)
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         modality_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        # Named here because `generate` refuses what is not.
+        # Named here because `generate` refuses modality_ids, and counts no positions, where they
+        # are not.
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             labels=labels,
             modality_ids=modality_ids,
@@ -256,6 +259,7 @@ class LlavaOnevisionWithModalities(_OwnMasks, LlavaOnevisionForConditionalGenera
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         modality_ids: Tensor | None = None,
@@ -290,6 +294,7 @@ class LlavaOnevisionWithModalities(_OwnMasks, LlavaOnevisionForConditionalGenera
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             labels=labels,
             image_sizes=image_sizes,

@@ -40,12 +40,16 @@ class PackingRule:
         """From the configuration of a composed model, with LLaVA's fields where it has them."""
         aspect = getattr(config, "image_aspect_ratio", None) or config.vision_aspect_ratio
         found = re.fullmatch(r"anyres_max_(\d+)", aspect)
+        merge = getattr(config, "mm_patch_merge_type", None) or "spatial_unpad"
+        newline = getattr(config, "mm_newline_position", None) or "one_token"
+        if merge == "flat" or (newline == "one_token" and "unpad" not in merge):
+            newline = "no_token"
         return cls(
             grid_pinpoints=[(h, w) for h, w in config.image_grid_pinpoints],
             view_size=config.vision_config.image_size,
             max_tiles=int(found[1]) if found else None,
-            merge=getattr(config, "mm_patch_merge_type", None) or "spatial_unpad",
-            newline=getattr(config, "mm_newline_position", None) or "one_token",
+            merge=merge,
+            newline=newline,
             pool_stride=getattr(config, "mm_spatial_pool_stride", None) or 2,
             pool_mode=getattr(config, "mm_spatial_pool_mode", None) or "bilinear",
         )

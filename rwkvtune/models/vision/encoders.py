@@ -201,11 +201,28 @@ def _fingerprint(model: Any, processor: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:32]
 
 
-def take_weights(encoder: Encoder, weights: Mapping[str, Tensor]) -> None:
-    """Put in weights that were trained together with an adapter; the fingerprint tells them."""
-    encoder.model.load_state_dict(dict(weights))
+def take_weights(encoder: Encoder, weights: Mapping[str, Tensor], source: str) -> None:
+    """Put in weights that were trained together with an adapter; the fingerprint tells them.
+
+    weights: by this model's names or those of another version of transformers. What pools the
+    tokens is left out, as in `load_encoder`. UserError, with `source`, when others do not fit.
+    """
+    needed = {name: tuple(t.shape) for name, t in encoder.model.state_dict().items()}
+    given: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        bare = name.removeprefix("vision_model.")
+        if not (bare.startswith("head.") or bare.endswith("position_ids")):
+            given[bare if bare in needed else f"vision_model.{bare}"] = tensor
+    shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+    if shapes != needed:
+        wrong = sorted(n for n in shapes.keys() | needed if shapes.get(n) != needed.get(n))[0]
+        raise UserError(
+            f"the encoder's weights in {source} are not for this encoder: {wrong} is "
+            f"{shapes.get(wrong, 'missing')} there and {needed.get(wrong, 'unknown')} here"
+        )
+    encoder.model.load_state_dict(given)
     digest = hashlib.sha256(encoder.fingerprint.encode())
-    for _, tensor in sorted(weights.items()):
+    for _, tensor in sorted(given.items()):
         plain = tensor.detach().cpu().float().contiguous().flatten()
         digest.update(plain.view(torch.uint8).numpy().data)
     encoder.fingerprint = digest.hexdigest()[:32]

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlavaOnevisionForConditionalGeneration,
+    MistralConfig,
+    Qwen2ForCausalLM,
+)
 
 from rwkvtune.errors import UserError
 from rwkvtune.models.alternating.attention import enable_alternating, modalities
@@ -232,6 +238,21 @@ def test_llavas_inputs_give_the_logits_of_transformers_own(variant: Variant) -> 
     given = model.generate(**llava, **options)
     assert torch.equal(given, model.generate(**stock, **options)[:, stock["input_ids"].shape[1] :])
     assert torch.equal(given, model.generate(**llava, **options, use_cache=False))
+
+
+def test_rows_with_padding_are_generated_as_by_transformers_own_class() -> None:
+    model = composed_model("base")
+    stock = LlavaOnevisionForConditionalGeneration(model.config).eval()
+    stock.load_state_dict(model.state_dict())
+    inputs = stock_inputs(model)
+    row = torch.cat([inputs["input_ids"], torch.tensor([[6, 7, 8]])], 1)
+    inputs["input_ids"] = row
+    # on the right: positions are counted without the padding, which masks alone do not show
+    inputs["attention_mask"] = torch.ones_like(row).index_fill(1, torch.tensor([17, 18, 19]), 0)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = stock.generate(**inputs, **options)
+    for use_cache in (True, False):
+        assert torch.equal(model.generate(**inputs, **options, use_cache=use_cache), expected)
 
 
 def test_a_composed_model_differs_from_its_base_exactly_by_the_masks() -> None:
