@@ -57,13 +57,21 @@ def wrap(model: LanguageModel, settings: AdapterSettings, *, is_resumed: bool = 
             f"peft {settings.kind} does not fit this model: {reason} (its projections: "
             f"{', '.join(_last_names(model, nn.Linear))})"
         ) from error
+    model.train(model.training)  # the new layers' dropout, too
     if _is_wrapped(model.head):
         raise UserError(
-            f"lora_targets={settings.targets!r} takes in the head, whose product is made together "
-            "with the loss: leave it out, or train it in full by --train_modules head"
+            f"lora_targets={settings.target_modules!r} takes in the head, whose product is made "
+            "together with the loss: leave it out, or train it in full by --train_modules head"
         )
     if settings.kind == "pissa":
-        for layer in _lora_layers(model):
+        layers = _lora_layers(model)
+        most = min(min(layer.in_features, layer.out_features) for layer in layers)
+        if settings.rank > most:
+            raise UserError(
+                f"lora_r={settings.rank}: the smallest matrix that pissa is to take components out "
+                f"of has {most}: give {most} or less"
+            )
+        for layer in layers:
             for buffer, factor in zip(INITIAL, (layer.lora_A, layer.lora_B), strict=True):
                 layer.register_buffer(buffer, factor[NAME].weight.detach().clone())
 
@@ -160,11 +168,11 @@ def merged(model: LanguageModel, folder: Path) -> LanguageModel:
 
 
 def put(model: LanguageModel, folder: Path) -> Any:
-    """peft's wrapper around a model, with the adapter of a folder in it.
+    """peft's wrapper around a model, with the adapter of a folder in it, in the model's mode.
 
     UserError when the folder's tensors are not exactly those that its configuration asks for.
     """
-    peft = peft_package()
+    peft, is_training = peft_package(), model.training
     if not (folder / CONFIG_FILE).is_file():  # peft would look for it on a model hub
         raise MissingFileError(f"{folder} has no {CONFIG_FILE}: copy the folder again")
     try:
@@ -190,7 +198,7 @@ def put(model: LanguageModel, folder: Path) -> Any:
                 f"{list(tensor.shape)}, needs {list(named[name].shape)}"
             )
     peft.set_peft_model_state_dict(wrapped, weights)
-    return wrapped
+    return wrapped.train(is_training)  # else its dropout would be on
 
 
 def _check_modules(model: LanguageModel, settings: AdapterSettings) -> None:

@@ -42,8 +42,9 @@ class AdapterSettings:
         is_lora, has_rank = self.kind in LORA_KINDS, self.kind != "state"
         if self.r is not None and self.r < 1:
             found.append(f"lora_r={self.r} must be at least 1")
-        if self.alpha is not None and not self.alpha > 0:
-            found.append(f"lora_alpha={self.alpha} must be above 0")
+        alpha = self.alpha if self.alpha is not None else self.peft_config.get("lora_alpha", 1)
+        if not (isinstance(alpha, int | float) and alpha > 0):
+            found.append(f"lora_alpha={alpha!r} must be a number above 0")
         if self.alpha is not None and not is_lora:
             found.append(f"lora_alpha={self.alpha:g}: peft={self.kind} has no such scale")
         if not has_rank:
@@ -69,6 +70,11 @@ class AdapterSettings:
                 f"peft_config: init_lora_weights={init!r} changes the base's weights, which are "
                 "only referred to; --peft pissa does that in a way that can be taken up again"
             )
+        found += [
+            f"peft_config: {name} makes an adapter that cannot be merged: leave it out"
+            for name in ("lora_bias", "alora_invocation_tokens")
+            if self.peft_config.get(name)
+        ]
         if self.kind == "pissa":
             found += [
                 f"peft_config: {name} cannot be had with pissa, whose components have one scale"

@@ -24,6 +24,7 @@ from rwkvtune.data.llava_dataset import Template
 from rwkvtune.data.llava_images import ImageProcessor, open_picture
 from rwkvtune.data.llava_manifest import IMAGE_TOKEN, pictures_of
 from rwkvtune.errors import MissingFileError, UserError
+from rwkvtune.evaluation.texts import wilson
 from rwkvtune.files import atomic_write
 
 LETTERS = "ABCDEFGH"
@@ -174,11 +175,8 @@ class Accuracy:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 %: Wilson's score interval, which holds at small numbers and at 0 and 1."""
-        z, n, p = 1.959964, self.total, self.value
-        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(centre - half, 0.0), min(centre + half, 1.0)
+        """95 %."""
+        return wilson(self.value, self.total)
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -15,18 +15,21 @@ from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
 from torch import nn
 
 from rwkvtune.data.tokenizers import END_OF_DOCUMENT, Tokenizer
 from rwkvtune.errors import MissingFileError, UserError
 from rwkvtune.evaluation.scoring import WINDOW, score
-from rwkvtune.evaluation.texts import Estimate
+from rwkvtune.evaluation.texts import CONFIDENCE_95, Estimate, wilson
 from rwkvtune.inference.batch import generate_batch
 from rwkvtune.inference.generate import until
 
 BOOTSTRAP_ITERATIONS = 1000
 """For the standard errors of metrics that are no means, such as LAMBADA's perplexity."""
 _SAMPLING = ("temperature", "top_k", "top_p")
+_SHARES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match")
+"""Metrics that say of each sample yes or no, of which the mean is taken."""
 
 
 class HarnessModel(TemplateLM):
@@ -155,11 +158,41 @@ class Metric(NamedTuple):
     samples: int
 
 
+class _Manager(TaskManager):
+    """lm-eval's, with a look at the answers: it would count one that is no choice as never found,
+    or end with an error of its own."""
+
+    def load(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            loaded = super().load(*args, **kwargs)
+        except IndexError as error:  # it tries the first sample
+            raise UserError(
+                "a task does not fit its data: the answer of its first sample is none of its "
+                "choices, which are counted from 0"
+            ) from error
+        for name, task in loaded["tasks"].items():
+            if task.OUTPUT_TYPE == "multiple_choice":
+                _check_answers(name, task)
+        return loaded
+
+
+def _check_answers(name: str, task: Any) -> None:
+    for number, doc in enumerate(task.eval_docs):
+        choices = task.doc_to_choice(doc)
+        answer = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        for each in answer if isinstance(answer, list) else [answer]:
+            if not (each in choices if isinstance(each, str) else each in range(len(choices))):
+                raise UserError(
+                    f"{name}: the answer of sample {number} is {each!r}, which is none of its "
+                    f"{len(choices)} choices: give a number from 0 to {len(choices) - 1} or the "
+                    "text of a choice"
+                )
+
+
 class Tasks(NamedTuple):
     """Tasks that are there, not yet loaded."""
 
-    manager: Any
-    """lm-eval's."""
+    manager: TaskManager
     asked: list[str | dict[str, Any]]
     """Names and configurations."""
 
@@ -170,16 +203,14 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
     names: YAML files, or names of tasks and groups, in include_path or that lm-eval brings.
     Relative data_files of a task in a YAML file are looked for beside that file, too.
     """
-    from lm_eval.tasks import TaskManager
-
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     files = {name: Path(name) for name in names if name.endswith((".yaml", ".yml"))}
     for path in files.values():
         if not path.is_file():
             raise MissingFileError(f"there is no task file {path}.")
-    manager = TaskManager(include_path=include_path, include_defaults=False)
+    manager = _Manager(include_path=include_path, include_defaults=False)
     if unknown := [name for name in names if name not in files and not _known(manager, name)]:
-        manager = TaskManager(include_path=include_path)  # with lm-eval's own, some seconds more
+        manager = _Manager(include_path=include_path)  # with lm-eval's own, some seconds more
         unknown = [name for name in unknown if not _known(manager, name)]
     if unknown:
         raise UserError(
@@ -227,19 +258,36 @@ def run_tasks(
 
 def metrics_of(results: dict[str, Any]) -> list[Metric]:
     """The numbers of lm-eval's results with their standard errors."""
+
+    def samples_of(task: str) -> int:
+        if task in results.get("n-samples", {}):
+            return int(results["n-samples"][task]["effective"])
+        return sum(map(samples_of, results.get("group_subtasks", {}).get(task, ())))
+
     found = []
     for task, values in results["results"].items():
-        samples = results.get("n-samples", {}).get(task, {}).get("effective", 0)
+        samples = samples_of(task)
         for key, value in values.items():
             name, _, filtered = key.partition(",")
             if not filtered or name.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             error = values.get(f"{name}_stderr,{filtered}")
-            estimate = Estimate(float(value), error if isinstance(error, int | float) else None)
+            error = error if isinstance(error, int | float) else None
+            estimate = Estimate(float(value), error, _ends(name, value, error, samples))
             label = name if filtered == "none" else f"{name} ({filtered})"
             num_fewshot = results.get("n-shot", {}).get(task) or 0
             found.append(Metric(task, num_fewshot, label, estimate, samples))
     return found
+
+
+def _ends(name: str, value: float, error: float | None, samples: int) -> tuple[float, float] | None:
+    """Of a metric's 95 % interval, None = equally far to both sides."""
+    if name in _SHARES and samples and 0 <= value <= 1:
+        return wilson(value, samples)
+    if name.endswith("perplexity") and error is not None:
+        reach = CONFIDENCE_95 * error
+        return max(value - reach, 1.0), value + reach  # certainty is 1
+    return None
 
 
 def _known(manager: Any, task: str) -> bool:

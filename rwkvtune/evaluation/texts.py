@@ -25,14 +25,27 @@ class Estimate(NamedTuple):
     value: float
     error: float | None
     """Standard error; None where a single unit says nothing of it."""
+    ends: tuple[float, float] | None = None
+    """Of the interval, where that does not reach equally far to both sides."""
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """The 95 % confidence interval."""
+        if self.ends is not None:
+            return self.ends
         if self.error is None:
             return None
         reach = CONFIDENCE_95 * self.error
         return self.value - reach, self.value + reach
+
+
+def wilson(share: float, total: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `total` samples: Wilson's score interval, which stays within
+    0 and 1 and holds for few samples, and for none or all of them."""
+    z, n, p = CONFIDENCE_95, total, share
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,19 @@ def export_weights(
             f"the tokenizer {tokenizer.name} is none that transformers can be told of: it was kept "
             "for rwkvtune only"
         )
+    if to == "gguf" and tokenizer is not None and not _covers_all_bytes(tokenizer):
+        is_of_numbers = tokenizer.name in ("integers", "angles")
+        notes.append(
+            f"the tokenizer {tokenizer.name} does not cover every text, and llama.cpp (2026-10) "
+            "never comes back from one that it does not cover"
+            + ": put a blank after each number, the last one too"
+            * is_of_numbers
+        )
+    if to == "hf" and config.n_layer == 1:
+        notes.append(
+            "flash-linear-attention 0.6.0 cannot load a model of one layer (its initial values "
+            "divide by the number of layers - 1)"
+        )
     if to == "hf":
         num_bytes = _write_folder(source, out, dtype, tokenizer, shard_bytes)
     elif to == "gguf":
@@ -81,7 +94,13 @@ def export_weights(
         atomic_write(
             out,
             lambda file: llama_cpp.write(
-                file, tensors, config, name=out.stem, dtype=dtype, tokenizer=tokenizer
+                file,
+                tensors,
+                config,
+                name=out.stem,
+                dtype=dtype,
+                tokenizer=tokenizer,
+                template=source.template,
             ),
         )
     elif to == "st":
@@ -118,6 +137,11 @@ def check_request(
             f"{out} is a folder without a config.json, so no earlier export, and is not replaced: "
             "choose another name"
         )
+
+
+def _covers_all_bytes(tokenizer: Tokenizer) -> bool:
+    tokens = (tokenizer.decode_bytes([id]) for id in range(tokenizer.vocab_size))
+    return len({token for token in tokens if len(token) == 1}) == 256
 
 
 def _write_folder(

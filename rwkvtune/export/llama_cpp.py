@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from rwkvtune.checkpoint import stored_as
+from rwkvtune.data.chat import TEMPLATES, RWKVTemplate, Template
 from rwkvtune.data.tokenizers import END_OF_DOCUMENT, Tokenizer
 from rwkvtune.errors import UserError
+from rwkvtune.export.chat_template import as_jinja
 from rwkvtune.models import ModelConfig, RWKV6Config, RWKV7Config
 
 ARCHITECTURES = {"x060": "rwkv6", "x070": "rwkv7"}
@@ -83,7 +85,9 @@ _NOT_QUANTIZED = re.compile(r"time_mix_[avg][12]\.")
 CONTEXT_LENGTH = 1 << 20
 """What the format wants to be told of a model whose context has no limit."""
 LAYER_NORM_EPS = 1e-5
-_WORLD_CHAT_TEMPLATE = "rwkv-world"  # the name of one that llama.cpp brings
+# Before a template of RWKV: without its Jinja engine (--no-jinja), llama.cpp takes its own template
+# of this name where it finds the name. Alone, its Jinja engine would write the name itself.
+_TEMPLATE_NAME = "{#- rwkv-world -#}\n"
 
 
 def to_gguf(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -144,6 +148,7 @@ def write(
     name: str,
     dtype: str | None,
     tokenizer: Tokenizer | None,
+    template: Template | None = None,
 ) -> None:
     """Write a GGUF file, tensor by tensor.
 
@@ -151,12 +156,13 @@ def write(
     tensors: as to_gguf gives them.  dtype: fp32, bf16, fp16 or q8_0 for the matrices, None = as
     they are; vectors and the smallest matrices are fp32 in any case, and with q8_0 all low-rank
     matrices are.
+    template: of chats; None = World's, beside World's tokenizer.
     """
     gguf = gguf_package()
     kinds = {name: _kind_of(gguf, name, tensor, dtype, config) for name, tensor in tensors.items()}
     writer = gguf.GGUFWriter(file.name, ARCHITECTURES[config.version])
     _add_facts(gguf, writer, config, name, kinds["blk.0.channel_mix_key.weight"])
-    _add_tokenizer(gguf, writer, config, tokenizer)
+    _add_tokenizer(gguf, writer, config, tokenizer, template)
     for theirs, tensor in tensors.items():
         kind = kinds[theirs]
         shape: tuple[int, ...] = tuple(tensor.shape)
@@ -307,7 +313,11 @@ def _add_facts(gguf: Any, writer: Any, config: ModelConfig, name: str, matrix_ki
 
 
 def _add_tokenizer(
-    gguf: Any, writer: Any, config: ModelConfig, tokenizer: Tokenizer | None
+    gguf: Any,
+    writer: Any,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    template: Template | None,
 ) -> None:
     """The vocabulary, with a token for each row of the embedding; token 0 begins and ends a
     document. Without a tokenizer llama.cpp works on ids alone."""
@@ -327,10 +337,17 @@ def _add_tokenizer(
     writer.add_token_types(types)
     writer.add_bos_token_id(END_OF_DOCUMENT)
     writer.add_eos_token_id(END_OF_DOCUMENT)
-    if tokenizer.name == "world":
+    is_world = tokenizer.name == "world"
+    template = template or (TEMPLATES["world"] if is_world else None)
+    if template is None:
+        return
+    if is_world and "\n\n" in template.stops:
         (blank_line,) = tokenizer.encode("\n\n")
         writer.add_eot_token_id(blank_line)  # ends a turn of a chat
-        writer.add_chat_template(_WORLD_CHAT_TEMPLATE)
+    source = as_jinja(template)
+    if source is not None:
+        is_own = isinstance(template, RWKVTemplate)
+        writer.add_chat_template(_TEMPLATE_NAME + source if is_own else source)
 
 
 def _vocabulary(gguf: Any, reader: Any) -> dict[int, bytes]:

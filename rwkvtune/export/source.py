@@ -104,8 +104,11 @@ def _checked(source: Source) -> Source:
 def _tokenizer_of(vocabulary: dict[int, bytes], vocab_size: int) -> Tokenizer | None:
     if not vocabulary:
         return None
+    from rwkvtune.data.tokenizers.integers import IntegerTokenizer
     from rwkvtune.data.tokenizers.vocabulary import VocabularyTokenizer
 
+    if all(token == b"%d " % (id - 1) for id, token in vocabulary.items()):
+        return IntegerTokenizer(len(vocabulary) - 1, padded_vocab_size=vocab_size)
     world = load_tokenizer("world")
     unused = {0, *world.unused_ids}
     known = {id: world.decode_bytes([id]) for id in range(world.vocab_size) if id not in unused}

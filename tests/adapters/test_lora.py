@@ -235,11 +235,58 @@ def test_a_folder_that_contradicts_itself_is_refused(
         (AdapterSettings("lora", train_modules="att"), "att holds the projections"),
         (AdapterSettings("lora", peft_config={"bias": "all"}), "name its module in train_modules"),
         (AdapterSettings("lora", peft_config={"rank": 4}), "rank, which peft's LoraConfig"),
+        (AdapterSettings("pissa", r=65), "lora_r=65: the smallest matrix .* has 64"),
     ],
 )
 def test_settings_that_fit_nothing_are_refused(settings: AdapterSettings, message: str) -> None:
     with pytest.raises(UserError, match=message):
         attach(make_base(), settings, "base.pth")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (AdapterSettings("lora", alpha=0.0), "lora_alpha=0.0 must be"),
+        (AdapterSettings("lora", peft_config={"lora_alpha": "8"}), "lora_alpha='8' must be"),
+        (AdapterSettings("lora", peft_config={"lora_bias": True}), "cannot be merged"),
+        (AdapterSettings("lora", peft_config={"alora_invocation_tokens": [1]}), "cannot be merged"),
+    ],
+)
+def test_settings_that_no_model_could_use_are_problems(
+    settings: AdapterSettings, message: str
+) -> None:
+    (problem,) = settings.problems()
+    assert message in problem
+
+
+@pytest.mark.parametrize("quant", ["none", "int8"])
+def test_a_loaded_adapter_drops_nothing_out(tmp_path: Path, quant: str) -> None:
+    if quant != "none":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes comes with the dev extra")
+    settings = AdapterSettings("lora", r=4, quant=quant, peft_config={"lora_dropout": 0.5})
+    model, adapter, own = trained(settings)
+    adapter.save(model, own, tmp_path / "adapter")
+    expected = merge(make_base(), "base.pth", tmp_path / "adapter")(IDS)[0]
+    loaded = load(make_base(), "base.pth", tmp_path / "adapter")
+    assert (loaded(IDS)[0] - expected).abs().max() < 1e-5
+    again = make_base()
+    attach(again, settings, "base.pth", saved=own)
+    assert (again(IDS)[0] - expected).abs().max() < 1e-5
+
+
+def test_patterns_and_ranks_beyond_the_matrices_merge_and_load_in_plain_peft(
+    tmp_path: Path,
+) -> None:
+    from peft import PeftModel
+
+    patterns = {"rank_pattern": {r".*att\.key": 99}, "alpha_pattern": {"ffn.value": 3}}
+    model, adapter, own = trained(AdapterSettings("lora", r=4, peft_config=patterns))
+    assert own["blocks.1.att.key.lora_A.default.weight"].shape == (99, 64)
+    adapter.save(model, own, tmp_path / "adapter")
+    expected = model(IDS)[0]
+    by_peft = PeftModel.from_pretrained(make_base(), tmp_path / "adapter").eval()
+    plain = merge(make_base(), "base.pth", tmp_path / "adapter")
+    assert max((m(IDS)[0] - expected).abs().max() for m in (by_peft, plain)) < 1e-5
 
 
 def test_targets_are_names_or_one_regular_expression() -> None:

@@ -76,7 +76,9 @@ def test_a_task_of_ones_own_prints_its_standard_error(
                                 "interval"]  # fmt: skip
     assert table[1].split()[:5] == ["who", "0", "3", "acc", "0"]
     (metric,) = json.loads(Path("o.json").read_text())["tasks"]
-    assert metric["stderr"] == 0 and metric["interval_95"] == [0, 0]
+    # Wilson's interval of none of n: 0 to z^2 / (n + z^2).
+    assert metric["stderr"] == 0
+    assert metric["interval_95"] == pytest.approx([0, 1.96**2 / (3 + 1.96**2)], abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,7 @@ metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
 metadata: {version: 1.0}
 """
+FIRST = '{"question": "x", "choices": ["a", "b"], "answer": %s}\n'
 LAST_WORDS = ["the cat sat on the mat", "one two three four", "to be or not to be"]
 LAST_WORD = """
 task: last_word
@@ -231,12 +232,18 @@ def test_tasks_in_local_files_give_the_numbers_of_their_definitions(
     assert accuracy.estimate.value == np.mean(right) and accuracy.samples == 5
     # lm-eval: of a mean, the sample's standard deviation over the root of its size.
     assert accuracy.estimate.error == pytest.approx(np.std(right, ddof=1) / math.sqrt(5))
+    low, high = accuracy.estimate.interval or (-1, 2)
+    assert 0 <= low < np.mean(right) < high <= 1
 
     parts = [text.rpartition(" ") for text in LAST_WORDS]
     values = [log_likelihood(model, context, f" {word}") for context, _, word in parts]
     perplexity = found["last_word", "perplexity"].estimate
     assert perplexity.value == pytest.approx(math.exp(-np.mean(values)), rel=1e-4)
     assert perplexity.error is not None and perplexity.error > 0
+    # Its few samples differ by orders of magnitude, and nothing is likelier than certain.
+    reach = 1.96 * perplexity.error
+    assert reach > perplexity.value
+    assert perplexity.interval == (1.0, pytest.approx(perplexity.value + reach, rel=1e-4))
 
 
 @pytest.mark.parametrize(
@@ -245,6 +252,10 @@ def test_tasks_in_local_files_give_the_numbers_of_their_definitions(
         ('{"question": "x"', "a task does not fit its data: "),
         ("", "a file of it is empty"),
         ('{"q": "x", "choices": ["a", "b"], "answer": 0}\n', "'question' is undefined"),
+        (FIRST % "2", "the answer of its first sample is none of its choices"),
+        (FIRST % "1" + FIRST % "2", r"quiz: the answer of sample 1 is 2, .* of its 2 choices"),
+        (FIRST % '"c"', "the answer of sample 0 is 'c'"),
+        (FIRST % "null", "the answer of sample 0 is None"),
     ],
 )
 def test_data_that_does_not_fit_its_task_is_told_in_one_line(

@@ -13,7 +13,7 @@ import torch
 
 from rwkvtune.data.text import find_files
 from rwkvtune.data.tokenizers import ByteTokenizer, load_tokenizer
-from rwkvtune.evaluation.texts import documents_of, measure_texts, ratio
+from rwkvtune.evaluation.texts import documents_of, measure_texts, ratio, wilson
 from rwkvtune.models import RWKV7Config, build_model
 from rwkvtune.models.frame import LanguageModel
 
@@ -86,3 +86,10 @@ def test_documents_of_files_are_whole(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("bytes")
     assert [*documents_of(files[0], "text", tokenizer)] == [long]
     assert [*documents_of(files[1], "body", tokenizer)] == ["one", "zwei\nmit Zeile", "三"]
+
+
+@pytest.mark.parametrize(("right", "total"), [(0, 1), (1, 1), (1, 4), (3, 3), (8, 10), (500, 1000)])
+def test_the_interval_of_a_share_is_wilsons(right: int, total: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    expected = stats.binomtest(right, total).proportion_ci(method="wilson")
+    assert wilson(right / total, total) == pytest.approx(expected, abs=1e-6)

@@ -19,7 +19,9 @@ from torch import Tensor
 
 import rwkvtune.files
 from rwkvtune.checkpoint import load_weights, save_weights
+from rwkvtune.data.chat import load_template
 from rwkvtune.data.tokenizers import ByteTokenizer, Tokenizer, find_tokenizer, load_tokenizer
+from rwkvtune.data.tokenizers.integers import IntegerTokenizer
 from rwkvtune.errors import UserError
 from rwkvtune.export.convert import export_weights
 from rwkvtune.export.source import open_source
@@ -342,7 +344,41 @@ def test_gguf_holds_the_world_vocabulary(make: Make) -> None:
     for id in range(1, 65530):
         escaped = tokens[id].encode("latin-1").decode("unicode_escape")
         assert escaped.encode("latin-1") == world.decode_bytes([id]), id
-    assert reader.get_field("tokenizer.chat_template").contents() == "rwkv-world"
+    template = reader.get_field("tokenizer.chat_template").contents()
+    assert rendered(template) == "User: Hi\n\nAssistant: Hm\nHo\n\nUser: So?\n\nAssistant:"
+    assert "rwkv-world" in template  # what llama.cpp looks for when told to use no Jinja
+
+
+def rendered(template: str) -> str:
+    """A conversation as the Jinja engine of llama.cpp or transformers writes it."""
+    chats = pytest.importorskip("transformers.utils.chat_template_utils")
+    said = (("user", "Hi"), ("assistant", "Hm\n\nHo"), ("user", "So?"))
+    messages = [{"role": role, "content": content} for role, content in said]
+    (text,), _ = chats.render_jinja_template(
+        [messages], chat_template=template, add_generation_prompt=True, eos_token="<s>"
+    )
+    return str(text)
+
+
+def test_llama_cpp_is_told_of_the_template_that_was_kept(tmp_path: Path) -> None:
+    own = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    (tmp_path / "own.jinja").write_text(own)
+    save_weights(tmp_path / "model.pth", some_weights(RWKV7Config(300, 1, 64)))
+    source, out = open_source(tmp_path / "model.pth"), tmp_path / "model.gguf"
+
+    def field(spec: str | Path) -> str:
+        kept = source._replace(template=load_template(spec))
+        export_weights(kept, out, "gguf", tokenizer=ByteTokenizer(), overwrite=True)
+        found: str = gguf.GGUFReader(out).get_field("tokenizer.chat_template").contents()
+        return found
+
+    assert field(tmp_path / "own.jinja") == own
+    assert rendered(field("g1")) == "User: Hi\n\nAssistant: Hm\n\nHo\n\nUser: So?\n\nAssistant:"
+    save_weights(tmp_path / "model.pth", some_weights(RWKV7Config(65536, 1, 64)))
+    kept = open_source(tmp_path / "model.pth")._replace(template=load_template("g1"))
+    export_weights(kept, out, "gguf", tokenizer=load_tokenizer("world"), overwrite=True)
+    # A blank line, 261, ends an answer only where answers have none.
+    assert b"ggml.eos_token_id" in out.read_bytes() and b"ggml.eot_token" not in out.read_bytes()
 
 
 def test_a_vocabulary_comes_back_from_gguf(make: Make) -> None:
@@ -350,6 +386,34 @@ def test_a_vocabulary_comes_back_from_gguf(make: Make) -> None:
     tokenizer = open_source(make("gguf", tokenizer=ByteTokenizer())).tokenizer
     assert tokenizer is not None and tokenizer.vocab_size == 300
     assert tokenizer.encode(text) == ByteTokenizer().encode(text)
+
+
+def test_whole_numbers_come_back_from_gguf(make: Make) -> None:
+    there = IntegerTokenizer(5, padded_vocab_size=300)
+    tokenizer = open_source(make("gguf", tokenizer=there)).tokenizer
+    assert tokenizer is not None and tokenizer.to_json() == there.to_json()
+    assert tokenizer.encode("5 0 3") == [6, 1, 4]  # also without a blank at the end
+
+
+@pytest.mark.parametrize("tokenizer", [IntegerTokenizer(5), ByteTokenizer()])
+def test_a_tokenizer_that_llama_cpp_would_hang_on_is_told_of(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    save_weights(tmp_path / "model.pth", some_weights(RWKV7Config(257, 1, 64)))
+    source, out = open_source(tmp_path / "model.pth"), tmp_path / "x.gguf"
+    notes = export_weights(source, out, "gguf", tokenizer=tokenizer).notes
+    # It takes the longest token that fits, and does not move on where none does.
+    covers_all = {bytes([byte]) for byte in range(256)} <= {
+        tokenizer.decode_bytes([id]) for id in range(tokenizer.vocab_size)
+    }
+    assert [("a blank after each number" in note) for note in notes] == [True] * (not covers_all)
+
+
+def test_a_model_of_one_layer_is_written_with_a_word_about_its_reader(tmp_path: Path) -> None:
+    save_weights(tmp_path / "model.pth", some_weights(RWKV7Config(31, 1, 64)))
+    done = export_weights(open_source(tmp_path / "model.pth"), tmp_path / "folder", "hf")
+    assert any("cannot load a model of one layer" in note for note in done.notes)
+    assert open_source(tmp_path / "folder").config.n_layer == 1
 
 
 def test_q8_0_keeps_the_small_tensors_and_is_as_near_as_its_format_allows(make: Make) -> None:
