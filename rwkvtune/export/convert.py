@@ -73,12 +73,11 @@ def export_weights(
             "for rwkvtune only"
         )
     if to == "gguf" and tokenizer is not None and not _covers_all_bytes(tokenizer):
-        is_of_numbers = tokenizer.name in ("integers", "angles")
+        blank = "put a blank after each number, the last one too"
         notes.append(
             f"the tokenizer {tokenizer.name} does not cover every text, and llama.cpp (2026-10) "
             "never comes back from one that it does not cover"
-            + ": put a blank after each number, the last one too"
-            * is_of_numbers
+            + (f": {blank}" if tokenizer.name in ("integers", "angles") else "")
         )
     if to == "hf" and config.n_layer == 1:
         notes.append(
