@@ -147,6 +147,11 @@ def _strategy(
             f"strategy {name}: runs without DeepSpeed{why}, on torch's own FSDP2, with the same "
             f"mathematics; sharded are {_SHARDED[stage]}"
         )
+    if accelerator == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise UserError(
+            f"strategy={name}: FSDP2 of torch {torch.__version__} does not run on CPUs, which that "
+            "of later versions does: use --strategy ddp"
+        )
     shard = partial(_shard_blocks, keep_gathered=stage == "deepspeed_stage_1", offload=offloads)
     # Clipping adds up norms of gradients that lie in the machine's memory: gloo does that.
     backend = "cpu:gloo,cuda:nccl" if offloads and accelerator == "cuda" else None

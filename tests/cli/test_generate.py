@@ -347,7 +347,7 @@ def test_a_terminal_gets_no_control_characters(run: Run, folder: Path) -> None:
     import pty
 
     master, slave = pty.openpty()
-    process = start(folder, "--max_tokens", 300, "--seed", 3, "--ignore_end", stdout=slave)
+    process = start(folder, "--max_tokens", 1500, "--seed", 3, "--ignore_end", stdout=slave)
     os.close(slave)
     shown = b""
     while chunk := read_terminal(master):
@@ -356,7 +356,7 @@ def test_a_terminal_gets_no_control_characters(run: Run, folder: Path) -> None:
     text = shown.decode()
     assert all(c.isprintable() or c in "\r\n\t" for c in text), text
     # What a pipe gets from the same seed does hold some.
-    exact = run(folder, "--max_tokens", 300, "--seed", 3, "--ignore_end").out
+    exact = run(folder, "--max_tokens", 1500, "--seed", 3, "--ignore_end").out
     assert b"\x1b" in exact and "\\x1b" in text and text.endswith("\r\n")
 
 

@@ -475,6 +475,7 @@ def test_a_damaged_folder_is_told(copy: Path) -> None:
 SCRIPT = """
 import os, signal, threading, time
 from rwkv_trainer import *
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job of a shell
 print("SCRIPT BEGINS")
 p = RWKVTrainingPipeline({work!r}, ModelConfig("x070", 1, 32, ctx_len=16, head_size_a=16),
     TrainingConfig(micro_bsz=2, precision="fp32", devices=2, grad_cp=0),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch.distributed import TCPStore
 
 from tests.training.runs import (
@@ -83,6 +84,9 @@ def test_ddp_launched_by_the_command_itself_equals_one_process(
     assert_same_numbers(folder, alone)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 has FSDP2 for GPUs only"
+)
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_1", "deepspeed_stage_2_offload"])
 def test_under_torchrun_a_stop_asked_of_one_rank_stops_all_and_one_process_goes_on(
     strategy: str, alone: Path, text: Path, tmp_path: Path

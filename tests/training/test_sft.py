@@ -121,11 +121,13 @@ def test_losses_are_weighed_by_tokens_over_accumulation_and_ranks(
     parts = {"micro_bsz": 1, "accumulate_grad_batches": 4}
     assert run(sft(chats, tmp_path / "parts", **parts), tmp_path / "out").code == 0
     parts["accumulate_grad_batches"] = 2
-    for strategy in ("ddp", "fsdp"):
+    # torch 2.6 has FSDP2 for GPUs only.
+    strategies = ("ddp", "fsdp") if hasattr(torch.cpu.Stream, "record_event") else ("ddp",)
+    for strategy in strategies:
         args = sft(chats, tmp_path / strategy, strategy=strategy, **parts)
         ended = [rank.wait() for rank in start_ranks(args, tmp_path, 2)]
         assert [e.code for e in ended] == [0, 0], ended
-    for name in ("parts", "ddp", "fsdp"):
+    for name in ("parts", *strategies):
         assert losses(tmp_path / name) == pytest.approx(losses(alone), abs=TOLERANCE)
         last, expected = metrics(tmp_path / name)[-1], metrics(alone)[-1]
         for column in ("val_loss", "val_bits_per_byte", "grad_norm"):

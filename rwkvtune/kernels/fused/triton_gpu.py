@@ -61,20 +61,20 @@ def _partial(x, value, channel, C):
 
 
 @triton.jit
-def _previous(z, before, reset, offsets, exists, channel, token, T, C,
+def _previous(z, before, reset, offsets, exists, channel, token, tokens, T, C,
               HAS_BEFORE: tl.constexpr, HAS_RESET: tl.constexpr):  # fmt: skip
     at_start = (token % T == 0)[:, None]
     p = _read(z, offsets - C, exists & (token > 0)[:, None] & (at_start == 0))
     if HAS_BEFORE:
         p += _read(before, (token // T)[:, None] * C + channel[None, :], exists & at_start)
     if HAS_RESET:
-        p = tl.where(_starts(reset, token, exists), 0.0, p)
+        p = tl.where(_starts(reset, token, tokens), 0.0, p)
     return p
 
 
 @triton.jit
-def _starts(reset, token, exists):
-    return tl.load(reset + token[:, None], mask=exists, other=0) != 0
+def _starts(reset, token, tokens):
+    return (tl.load(reset + token, mask=token < tokens, other=0) != 0)[:, None]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -83,7 +83,9 @@ def _shift(z, mix, before, reset, out, tokens, T, C, S: tl.constexpr,
            TOKENS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     offsets, exists, channel, token = _tile(tokens, C, tl.program_id(1), TOKENS, WIDTH)
     x = _read(z, offsets, exists)
-    d = _previous(z, before, reset, offsets, exists, channel, token, T, C, HAS_BEFORE, HAS_RESET)
+    d = _previous(
+        z, before, reset, offsets, exists, channel, token, tokens, T, C, HAS_BEFORE, HAS_RESET
+    )
     d -= x
     size = tokens.to(tl.int64) * C
     for s in tl.static_range(S):
@@ -95,12 +97,14 @@ def _shift_backward(z, mix, before, reset, g0, g1, g2, g3, g4, g5, dz, dmix, tok
                     S: tl.constexpr, HAS_BEFORE: tl.constexpr, HAS_RESET: tl.constexpr,
                     TOKENS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     offsets, exists, channel, token = _tile(tokens, C, tl.program_id(1), TOKENS, WIDTH)
-    d = _previous(z, before, reset, offsets, exists, channel, token, T, C, HAS_BEFORE, HAS_RESET)
+    d = _previous(
+        z, before, reset, offsets, exists, channel, token, tokens, T, C, HAS_BEFORE, HAS_RESET
+    )
     d -= _read(z, offsets, exists)
     # The next token sees this one unless it is in another row or starts a document.
     seen = exists & ((token % T) < T - 1)[:, None]
     if HAS_RESET:
-        seen = seen & (_starts(reset, token + 1, seen) == 0)
+        seen = seen & (_starts(reset, token + 1, tokens) == 0)
     total = tl.zeros([TOKENS, WIDTH], tl.float32)
     for s in tl.static_range(S):
         if s == 0:
