@@ -83,14 +83,16 @@ def adapt(
     UserError where a package is missing.
     """
     targets = _matrices(model)
-    language = {id(p) for part in _language_model(model) for p in part.parameters()}
+    biases = {f"{target}.bias" for target in targets}
+    language_model = (model.get_decoder(), model.get_output_embeddings())
+    language = {id(p) for part in language_model for p in part.parameters()}
     learned = {
         name
         for name, parameter in model.named_parameters()
         if (
             (parameter.requires_grad and id(parameter) not in language)
             or (bias == "all" and "bias" in name)
-            or (bias == "lora_only" and name in {f"{target}.bias" for target in targets})
+            or (bias == "lora_only" and name in biases)
         )
     }
     frozen = {n: t for n, t in model.state_dict().items() if n not in learned}
@@ -135,10 +137,6 @@ def merge_adapter(model: Any, folder: str | Path, path: str) -> Any:
     except (ValueError, RuntimeError, KeyError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the adapter {folder} does not fit this model: {reason}") from error
-
-
-def _language_model(model: Any) -> list[nn.Module]:
-    return [model.get_decoder(), model.get_output_embeddings()]
 
 
 def _matrices(model: Any) -> list[str]:
